@@ -1,0 +1,11 @@
+"""Shared by all tests: the repository root on the path, no W&B account, no GPU needed."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+    os.environ.pop(variable, None)
+os.environ["WANDB_SILENT"] = "true"
