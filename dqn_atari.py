@@ -48,7 +48,8 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
-ALGORITHM = "DQN"  # written into checkpoints: models of another algorithm are refused
+ALGORITHM = "DQN"  # written into checkpoints: those of another algorithm are refused
+LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
@@ -110,7 +111,7 @@ class Args:
     learning_rate: float = 1e-4
     """learning rate of Adam"""
     buffer_size: int = 1_000_000
-    """transitions in the replay (7,063 bytes each)"""
+    """transitions in the replay (7,062 bytes each: 7.1 GB for a million)"""
     replay_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the replay lies; auto: on the learner's device if it fits there, else in main memory"""
     gamma: float = 0.99
@@ -137,45 +138,43 @@ class Args:
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if a flag is out of its range."""
-    at_least_one = "video_length eval_episodes total_timesteps num_envs max_episode_frames buffer_size n_step batch_size"
-    at_least_one += " target_network_frequency train_frequency"
-    ranges = {name: (1, math.inf) for name in at_least_one.split()}
-    ranges |= {name: (0, math.inf) for name in ("eval_frequency", "checkpoint_frequency", "learning_starts")}
-    ranges |= {name: (0, 1) for name in ("eval_epsilon", "sticky_actions", "gamma", "start_e", "end_e")}
-    ranges |= {"seed": (0, 2**31 - 1), "exploration_fraction": (1e-9, 1), "learning_rate": (0, math.inf)}
-    ranges |= {"num_workers": (0, args.num_envs)}
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            flag = "--" + name.replace("_", "-")
-            limit = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            sys.exit(f"error: {flag} is {value:g}: it must be {limit}")
+    ranges = {"learning_rate exploration_fraction": (1e-12, 1), "num_workers": (0, args.num_envs), "seed": (0, 2**31)}
+    ranges["eval_epsilon sticky_actions gamma start_e end_e"] = (0, 1)
+    ranges["eval_frequency checkpoint_frequency learning_starts"] = (0, math.inf)
+    ranges["video_length eval_episodes total_timesteps num_envs max_episode_frames"] = (1, math.inf)
+    ranges["buffer_size n_step batch_size target_network_frequency train_frequency"] = (1, math.inf)
+    for names, (low, high) in ranges.items():
+        for name in names.split():
+            value = getattr(args, name)
+            limit = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+            if value is not None and not low <= value <= high:
+                sys.exit(f"error: --{name.replace('_', '-')} is {value}: it must be {limit}")
     if args.resume and args.evaluate:
         sys.exit("error: --resume trains and --evaluate does not: give one of them")
-    stored = args.learning_starts // args.num_envs
-    rows = args.buffer_size // args.num_envs
-    usable = min(stored - args.n_step, rows - args.n_step - HISTORY) * args.num_envs
+    rows = min(args.learning_starts // args.num_envs, args.buffer_size // args.num_envs - HISTORY)
+    usable = max(rows - args.n_step, 0) * args.num_envs
     if args.batch_size > usable and not args.evaluate:
-        sys.exit(
-            f"error: --batch-size {args.batch_size} is more than the {max(usable, 0)} transitions stored when learning"
-            " starts: raise --learning-starts or --buffer-size, or lower --batch-size"
-        )
+        sys.exit(f"error: --batch-size {args.batch_size} is more than the {usable} transitions that are stored when"
+                 " learning starts: lower it, or raise --learning-starts and --buffer-size")  # fmt: skip
 
 
 def find_device(name: str) -> torch.device:
-    """The torch device that ``--device`` means; ends the program if the machine has none such."""
+    """The device that ``--device`` means; ends the program if this machine has none such."""
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, available in here.items() if available)
+    usable = [kind for kind, available in here.items() if available]
     try:
-        device = torch.device(name)
+        device = torch.device(usable[0] if name == "auto" else name)
     except RuntimeError:
-        sys.exit(f"error: --device {name} is no device: choose auto, cpu, cuda, cuda:1, ... or mps")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if not here.get(device.type) or (device.index or 0) >= count:
-        usable = ", ".join(kind for kind, available in here.items() if available)
-        sys.exit(f"error: --device {name} is not there: this machine has {usable}")
+        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
+    if device.type not in usable or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
     return device
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    if name == "auto":
+        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    return name
 
 
 # ------------------------------------------------------------------------------------------- Atari environment
@@ -202,35 +201,28 @@ def game_name(env_id: str) -> str:
 
 
 class Atari(gym.Wrapper):
-    """One Atari game as DQN sees it (Mnih et al. 2015, Methods).
+    """One Atari game as the network sees it (Mnih et al. 2015, Methods).
 
-    Observations are ``uint8 [4, 84, 84]``, the newest frame last, zeros before an episode's first frame. They are
+    Observations are ``uint8 [4, 84, 84]``, the newest frame last, zeros before an episode's first frame; they are
     views that the next ``step`` or ``reset`` overwrites. A frame is the maximum of the last two of 4 emulator frames
-    in ALE's grayscale, resized by area. Rewards are clipped to their sign; the true return is in
-    ``info["episode"]`` when a game ends: ``r`` (return), ``l`` (agent steps) and ``unique_frames`` (share of its
-    frames that had not occurred before in it: it falls when an agent farms one reward in a loop).
+    in ALE's grayscale, resized by area. Rewards are clipped to their sign. When a game ends, ``info["episode"]`` has
+    its true return ``r``, its length ``l`` in agent steps, and ``unique_frames``, the share of its frames that had
+    not occurred before in it: it falls when an agent farms one reward in a loop.
 
-    A learning episode ends as ``terminated`` when the game is over or, with ``episodic_life``, a life is lost; it
-    ends as ``truncated`` at the frame limit. ``reset`` then starts the next life, or the next game if
-    ``game_ended``. FIRE is pressed at either start where the game has it.
+    An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
+    at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
+    is such an action.
     """
 
-    def __init__(
-        self,
-        env_id: str,
-        sticky_actions: float = 0.0,
-        max_episode_frames: int = 108_000,
-        episodic_life: bool = True,
-        full_action_space: bool = False,
-    ):
-        self.game = game_name(env_id)
+    def __init__(self, args: Args):
+        self.game = game_name(args.env_id)
         env = gym.make(
             f"ALE/{self.game}-v5",
             obs_type="grayscale",
             frameskip=1,
-            repeat_action_probability=sticky_actions,
-            full_action_space=full_action_space,
-            max_num_frames_per_episode=0,  # the limit is counted here, where it can be told from the end of a game
+            repeat_action_probability=args.sticky_actions,
+            full_action_space=args.full_action_space,
+            max_num_frames_per_episode=0,  # the limit is kept here, where it is told from the end of a game
             render_mode="rgb_array",
         )
         super().__init__(env.unwrapped)
@@ -238,7 +230,7 @@ class Atari(gym.Wrapper):
         self.action_names = self.unwrapped.get_action_meanings()
         self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
         self.fire_action = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
-        self.max_episode_frames, self.episodic_life = max_episode_frames, episodic_life
+        self.max_episode_frames, self.episodic_life = args.max_episode_frames, args.episodic_life
         self.observation_space = gym.spaces.Box(0, 255, (STACK, SIZE, SIZE), np.uint8)
         self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
@@ -278,9 +270,12 @@ class Atari(gym.Wrapper):
         self.game_ended |= truncated
         info = {}
         if self.game_ended:
-            unique = len(self.frames_seen) / (self.episode_length + 1)
-            info["episode"] = {"r": self.episode_return, "l": self.episode_length, "unique_frames": unique}
+            info["episode"] = {"r": self.episode_return, "l": self.episode_length, "unique_frames": self.unique_frames}
         return self.stack, float(np.sign(reward)), terminated, truncated, info
+
+    @property
+    def unique_frames(self) -> float:
+        return len(self.frames_seen) / (self.episode_length + 1)
 
     def _repeat_action(self, action: int) -> float:
         reward = 0.0
@@ -321,12 +316,6 @@ class Atari(gym.Wrapper):
         self.game_ended, self.lives, self.episode_return, self.episode_length = state["counters"]
 
 
-def make_env(args: Args) -> Atari:
-    return Atari(
-        args.env_id, args.sticky_actions, args.max_episode_frames, args.episodic_life, args.full_action_space
-    )
-
-
 # -------------------------------------------------------------------------------------- vector of environments
 
 
@@ -334,7 +323,7 @@ class EnvSlice:
     """The environments that one process steps, one after another, on their rows of the shared arrays."""
 
     def __init__(self, args: Args, first: int, last: int, buffers: dict[str, tuple]):
-        self.envs = [make_env(args) for _ in range(first, last)]
+        self.envs = [Atari(args) for _ in range(first, last)]
         self.arrays = {name: array[first:last] for name, array in as_arrays(buffers).items()}
 
     def send(self, message: tuple[str, list]) -> None:
@@ -375,10 +364,12 @@ def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, dtype, shape) in buffers.items()}
 
 
-def work(pipe, args: Args, first: int, last: int, buffers: dict[str, tuple]) -> None:
+def work(pipe, inherited: list, args: Args, first: int, last: int, buffers: dict[str, tuple]) -> None:
     """Body of a worker process: serves an ``EnvSlice`` until the main process closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for connection in inherited:  # the main process's ends: open here, they would hide its death
+        connection.close()
     try:
         envs = EnvSlice(args, first, last, buffers)
         while True:
@@ -399,9 +390,9 @@ class AtariVector:
     """
 
     def __init__(self, args: Args):
-        num_workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), args.num_envs)
-        num_workers = num_workers if args.num_workers is None else args.num_workers
-        self.num_envs, self.num_actions = args.num_envs, int(make_env(args).action_space.n)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(cores, args.num_envs) if args.num_workers is None else args.num_workers
+        self.num_envs, self.num_actions = args.num_envs, int(Atari(args).action_space.n)
         context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
         buffers = {}
         for name, dtype, shape in (
@@ -419,10 +410,11 @@ class AtariVector:
                 self.pipes.append(EnvSlice(args, first, last, buffers))
                 continue
             pipe, child_pipe = context.Pipe()
-            worker = context.Process(target=work, args=(child_pipe, args, first, last, buffers), daemon=True)
+            self.pipes.append(pipe)
+            arguments = (child_pipe, self.pipes, args, first, last, buffers)
+            worker = context.Process(target=work, args=arguments, daemon=True)
             worker.start()
             child_pipe.close()  # so that the death of the worker closes the pipe
-            self.pipes.append(pipe)
             self.workers.append(worker)
 
     def send(self, actions: np.ndarray) -> None:
@@ -456,6 +448,7 @@ class AtariVector:
         for worker in self.workers:
             worker.join(timeout=5)
             worker.kill()
+            worker.join()
 
     def _send(self, method: str, items: list) -> None:
         """Starts a method of every slice on its share of ``items``, one for each environment."""
@@ -478,12 +471,10 @@ class AtariVector:
         return results
 
     def _fail(self, i: int) -> None:
-        worker = self.workers[i]
+        worker, games = self.workers[i], f"{self.bounds[i]} to {self.bounds[i + 1] - 1}"
         worker.join(timeout=5)
-        sys.exit(
-            f"error: environment worker {i} (process {worker.pid}, environments {self.bounds[i]} to"
-            f" {self.bounds[i + 1] - 1}) died with exit code {worker.exitcode}: go on from the last checkpoint with --resume"
-        )
+        sys.exit(f"error: environment worker {i} (process {worker.pid}, environments {games}) died with exit code"
+                 f" {worker.exitcode}: go on from the last checkpoint with --resume")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -528,6 +519,7 @@ class Batch(NamedTuple):
     discounts: torch.Tensor  # float32 [batch], gamma^n, or 0 where the episode terminated within the n steps
 
 
+BYTES_PER_TRANSITION = SIZE * SIZE + 1 + 4 + 1  # frame, action, reward, end
 TERMINATED, CUT = 1, 2  # how an episode ended at a step: with its last reward, or cut off by truncation
 
 
@@ -541,7 +533,8 @@ class Replay:
     """
 
     def __init__(self, capacity: int, num_envs: int, n_step: int, gamma: float, device: torch.device):
-        self.rows, self.num_envs, self.n_step, self.gamma, self.device = capacity // num_envs, num_envs, n_step, gamma, device
+        self.rows, self.num_envs = capacity // num_envs, num_envs
+        self.n_step, self.gamma, self.device = n_step, gamma, device
         shape = (self.rows, num_envs)
         self.frames = torch.zeros(*shape, SIZE, SIZE, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -581,7 +574,7 @@ class Replay:
         powers = self.gamma ** torch.arange(self.n_step, device=self.device)
         return Batch(
             observations=frames[:, :STACK],
-            actions=self.actions[steps % self.rows, envs].long(),
+            actions=self._window(self.actions, steps, envs, 0, 1).squeeze(1).long(),
             returns=(rewards * powers * self._alive(ends)).sum(1),
             next_observations=frames[:, self.n_step :],
             discounts=self.gamma**self.n_step * (ends != TERMINATED).all(1),
@@ -589,8 +582,9 @@ class Replay:
 
     def _window(self, array, steps, envs, start: int, stop: int) -> torch.Tensor:
         """Entries of the steps ``start`` to ``stop - 1`` after each of ``steps``: [batch, stop - start, ...]."""
-        offsets = torch.arange(start, stop, device=self.device)
-        return array[(steps[:, None] + offsets) % self.rows, envs[:, None]]
+        rows = (steps[:, None] + torch.arange(start, stop, device=self.device)) % self.rows
+        indices = rows * self.num_envs + envs[:, None]  # index_select is many times faster than array[rows, envs]
+        return array.flatten(0, 1).index_select(0, indices.flatten()).unflatten(0, rows.shape)
 
     @staticmethod
     def _alive(ends: torch.Tensor) -> torch.Tensor:
@@ -614,26 +608,20 @@ class Replay:
 
 def find_replay_device(args: Args, device: torch.device) -> torch.device:
     """The learner's device if the replay fits there, else main memory; ends the program if it fits nowhere."""
-    size = args.buffer_size * (SIZE * SIZE + 7)
     if args.replay_device not in ("auto", "cpu", device.type):
-        sys.exit(f"error: --replay-device {args.replay_device} is neither cpu nor the learner's device {device}")
-    if device.type == "cuda" and args.replay_device != "cpu":
-        free = torch.cuda.mem_get_info(device)[0]
-        if size + 2e9 < free:  # 2 GB for the networks, cuDNN and the captured graphs
-            return device
-        if args.replay_device == "cuda":
-            sys.exit(
-                f"error: --buffer-size {args.buffer_size} needs {size / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB"
-                " free: lower it or use --replay-device cpu"
-            )
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size > memory:
-            sys.exit(
-                f"error: --buffer-size {args.buffer_size} needs {size / 1e9:.1f} GB and this machine has"
-                f" {memory / 1e9:.1f} GB: lower it"
-            )
-    return torch.device("mps" if args.replay_device == "mps" else "cpu")
+        sys.exit(f"error: --replay-device {args.replay_device} is neither cpu nor the learner's device, {device}")
+    place = torch.device("cpu") if args.replay_device == "cpu" else device
+    needed = args.buffer_size * BYTES_PER_TRANSITION
+    if place.type == "cuda":
+        free = torch.cuda.mem_get_info(place)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
+        if needed > free and args.replay_device == "auto":
+            place = torch.device("cpu")
+    if place.type != "cuda":
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > free:
+        sys.exit(f"error: --buffer-size {args.buffer_size} needs {needed / 1e9:.1f} GB and {place} has"
+                 f" {free / 1e9:.1f} GB: lower it")  # fmt: skip
+    return place
 
 
 # ---------------------------------------------------------------------------------------------------- learner
@@ -644,14 +632,13 @@ class DQN:
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         self.num_actions = num_actions
-        dtype = getattr(torch, args.precision)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
         self.q_network = QNetwork(num_actions, dtype).to(device)
         self.target_network = QNetwork(num_actions, dtype).to(device)
         self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
         self.update_target()
-        self.optimizer = torch.optim.Adam(
-            self.q_network.parameters(), args.learning_rate, fused=device.type != "mps", capturable=device.type == "cuda"
-        )
+        options = {"fused": True, "capturable": device.type == "cuda"} if device.type != "mps" else {}
+        self.optimizer = torch.optim.Adam(self.q_network.parameters(), args.learning_rate, **options)
         self.losses = torch.zeros(3, device=device)  # sums over the updates since the last log: loss, Q-value, count
 
     @torch.no_grad()
@@ -680,9 +667,7 @@ class DQN:
         """Means since ``losses`` was last set to zero; ends the program if the loss is not finite."""
         loss, q_value, count = self.losses.tolist()
         if not math.isfinite(loss):
-            sys.exit(
-                f"error: the loss became {loss}: the last checkpoint, if any, is from before; try a lower --learning-rate"
-            )
+            sys.exit(f"error: the loss became {loss}: go on from the last checkpoint with a lower --learning-rate")
         return {"losses/td_loss": loss / count, "losses/q_values": q_value / count} if count else {}
 
     def state_dict(self) -> dict:
@@ -742,10 +727,8 @@ TRACE_STEPS = 150  # 10 seconds of play
 
 
 def number(value: float) -> str:
-    """At most 9 characters: 2.413, -1,250.5, 3.2e+30, nan."""
-    if not math.isfinite(value) or abs(value) >= 1e5:
-        return f"{value:.3g}"
-    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.1f}"
+    """At most 8 characters: 2.413, -1,250.5, 3.2e+30, nan."""
+    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e4 else f"{value:.2g}"
 
 
 class Overlay(gym.Wrapper):
@@ -802,17 +785,18 @@ class Overlay(gym.Wrapper):
         finite = self.q_values[np.isfinite(self.q_values)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         self.text("Q(s, a)", self.LEFT, top - 14, QUIET, 14)
-        self.text(f"bars span {number(high - low)}", self.RIGHT, top - 14, QUIET, 14, right=True)
+        self.text(f"lowest to highest: {number(high - low)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         pitch = min(36, (bottom - top) // len(self.q_values))
         size = min(15, pitch - 4)
-        left, width = self.LEFT + 126, 244
+        left, width = self.LEFT + 130, 220
         for i, (name, value) in enumerate(zip(self.env.action_names, self.q_values.tolist())):
             y = top + i * pitch
             greedy = i == self.greedy
             length = round(width * (value - low) / (high - low)) if math.isfinite(value) and high > low else 0
-            cv2.rectangle(self.canvas, (left, y + 3), (left + max(length, 1), y + pitch - 4), GREEDY if greedy else BAR, -1)
+            color = GREEDY if greedy else BAR
+            cv2.rectangle(self.canvas, (left, y + 3), (left + max(length, 1), y + pitch - 4), color, -1)
             if i == self.action:
-                cv2.rectangle(self.canvas, (left - 4, y), (left + width + 4, y + pitch - 1), CHOSEN, 1)
+                cv2.rectangle(self.canvas, (left - 4, y), (left + width + 4, y + pitch - 1), CHOSEN, 2)
             bold, color = (600, TEXT) if i == self.action or greedy else (400, QUIET)
             self.text(name, self.LEFT, y + (pitch + size) // 2 - 2, color, size, bold)
             self.text(number(value), self.RIGHT, y + (pitch + size) // 2 - 2, color, size, bold, right=True)
@@ -836,9 +820,8 @@ class Overlay(gym.Wrapper):
 
     def draw_facts(self, top: int) -> None:
         env = self.env
-        unique = len(env.frames_seen) / (env.episode_length + 1)
         facts = {"return": f"{env.episode_return:,.0f}", "step": f"{env.episode_length:,}"}
-        facts |= {"epsilon": f"{self.epsilon:g}", "unique frames": f"{unique:.2f}", "lives": str(env.lives)}
+        facts |= {"epsilon": f"{self.epsilon:g}", "unique frames": f"{env.unique_frames:.2f}", "lives": str(env.lives)}
         for x, (name, value) in zip((0, 100, 180, 262, 392), facts.items()):
             self.text(name, self.LEFT + x, top, QUIET, 14)
             self.text(value, self.LEFT + x, top + 23, TEXT, 18, 600)
@@ -864,8 +847,8 @@ class Recorder:
                 from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                size = picture.shape[1::-1]
-                self.writer = FFMPEG_VideoWriter(str(self.path), size, fps=60 / FRAME_SKIP, preset="veryfast", threads=1)
+                size, fps = picture.shape[1::-1], 60 / FRAME_SKIP
+                self.writer = FFMPEG_VideoWriter(str(self.path), size, fps, preset="veryfast", threads=1)
             self.writer.write_frame(picture)
             self.count += 1
             if self.count & (self.count - 1) == 0:  # the last power of two lies in the second half of the video
@@ -904,15 +887,20 @@ def save(path: Path, contents: dict) -> bool:
         return False
 
 
-def load(path: str | Path, needs: str) -> dict:
-    """Opens a checkpoint or a model; ends the program if it is missing, damaged or of another algorithm.
+def model(args: Args, agent: DQN, global_step: int) -> dict:
+    """What ``--evaluate`` needs; the flags without the paths that this start was given."""
+    flags = asdict(args) | {"resume": None, "evaluate": None}
+    network = {"q_network": agent.q_network.state_dict()}
+    return {"algorithm": ALGORITHM, "args": flags, "global_step": global_step, "agent": network}
+
+
+def load(path: Path, needs: str) -> dict:
+    """Opens a checkpoint or a model; ends the program if it is missing, damaged, of another algorithm or lacks a part.
 
     Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
     """
-    path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.is_file():
-        sys.exit(f"error: there is no checkpoint {path}")
+        sys.exit(f"error: there is no file {path}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         algorithm = contents["algorithm"]
@@ -921,7 +909,7 @@ def load(path: str | Path, needs: str) -> dict:
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
     if needs not in contents:
-        sys.exit(f"error: {path} holds a model without the state of its training: --resume needs a checkpoint.pt")
+        sys.exit(f"error: {path} has no {needs}: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 
 
@@ -940,24 +928,27 @@ def start_wandb(args: Args, name: str, run_id: str | None = None):
         if mode == "offline":
             print("W&B: no login, so the run is recorded offline; look: wandb leet; upload later: wandb sync")
     settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=args.wandb_group, name=name)
-    settings |= dict(config=asdict(args), id=run_id, resume="allow" if run_id else None, save_code=True)
+    settings |= dict(config=asdict(args), id=run_id, resume="allow" if run_id else None)
     try:
         run = wandb.init(mode=mode, **settings)
     except wandb.Error as error:
         print(f"W&B: {error}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
         run = wandb.init(mode="offline", **settings)
+    code = wandb.Artifact(f"{Path(__file__).stem}-source", type="code")
+    code.add_file(__file__)
+    run.log_artifact(code)
     run.define_metric("global_step")
     run.define_metric("*", step_metric="global_step")
     return run
 
 
-def evaluate(args: Args, agent: DQN, device: torch.device, global_step: int, run_dir: Path, run, stopped=bool) -> None:
+def evaluate(args: Args, agent: DQN, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
     """Plays whole games, records the first, prints and logs the results.
 
     All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
     ends it early, without results.
     """
-    env = Overlay(make_env(args), f"{args.exp_name} \u2022 step {global_step:,}", args.eval_epsilon)
+    env = Overlay(Atari(args), f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
@@ -987,7 +978,8 @@ def evaluate(args: Args, agent: DQN, device: torch.device, global_step: int, run
         metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
         metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
         if recorder.count:
-            metrics |= {"videos/eval": wandb.Video(str(video), format="mp4"), "images/eval": wandb.Image(recorder.still)}
+            metrics["videos/eval"] = wandb.Video(str(video), format="mp4")
+            metrics["images/eval"] = wandb.Image(recorder.still)
         run.log(metrics)
 
 
@@ -999,28 +991,28 @@ def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> fl
 
 
 def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | None) -> int:
-    """Trains from the start or from ``checkpoint``; returns the signal that stopped it, or 0 at the end."""
-    replay_place = find_replay_device(args, device)
+    """Trains from the start or from ``checkpoint``; returns the exit code, 128 + the signal if one stopped it."""
     envs = AtariVector(args)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision("high")  # TF32
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
 
     agent = DQN(args, envs.num_actions, device)
-    replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, replay_place)
+    replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, find_replay_device(args, device))
     global_step, run_id = 0, None
-    if checkpoint is None:
-        observations = upload(envs.reset(args.seed), device)
-    else:
+    if checkpoint:
         global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
         agent.load_state_dict(checkpoint["agent"])
         replay.load_state_dict(checkpoint["replay"])
         observations = upload(envs.load_state_dict(checkpoint["envs"]), device)
         torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
-        del checkpoint
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+    else:
+        observations = upload(envs.reset(args.seed), device)
 
     graph = CudaGraph if device.type == "cuda" else lambda function: function
     act = graph(agent.act)
@@ -1029,139 +1021,121 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     else:
         update = graph(agent.update)
         learn = lambda: update(*(upload(x, device) for x in replay.sample(args.batch_size)))  # noqa: E731
-    epsilon = torch.zeros((), device=device)
 
     run = start_wandb(args, run_dir.name, run_id)
-    stop_signals = []
-
-    def request_stop(number, _):
-        stop_signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-
+    stop_signals, exit_code = [], 1
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request_stop)
+        signal.signal(number, lambda number, _: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+
+    def passed(frequency: int) -> int:
+        """How many multiples of ``frequency`` the last step of all environments has reached."""
+        return global_step // frequency - (global_step - args.num_envs) // frequency if frequency else 0
 
     def log(metrics: dict) -> None:
         if run:
-            run.log({**metrics, "global_step": global_step})
+            run.log(metrics | {"global_step": global_step})
 
     def save_checkpoint() -> None:
         agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        contents = {"algorithm": ALGORITHM, "args": portable(args), "global_step": global_step}
-        contents |= {"wandb_run_id": run.id if run else None, "agent": agent.state_dict(), "envs": envs.state_dict()}
-        contents |= {"replay": replay.state_dict(), "torch_rng": torch.get_rng_state()}
-        contents["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        contents = model(args, agent, global_step) | {"agent": agent.state_dict(), "replay": replay.state_dict()}
+        contents |= {"envs": envs.state_dict(), "wandb_run_id": run.id if run else None}
+        contents |= {"torch_rng": torch.get_rng_state()}
+        contents |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         save(run_dir / "checkpoint.pt", contents)
 
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
-    last_returns = deque(maxlen=20)
-    exit_code = 1
+    returns, epsilon = deque(maxlen=20), torch.zeros((), device=device)
+    exploration_steps = args.exploration_fraction * args.total_timesteps
+    clock, clock_step = time.perf_counter(), global_step
     try:
-        clock, clock_step = time.perf_counter(), global_step
         while global_step < args.total_timesteps and not stop_signals:
-            epsilon.fill_(
-                linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
-            )
+            epsilon.fill_(linear_schedule(args.start_e, args.end_e, exploration_steps, global_step))
             actions = act(observations, epsilon)
             envs.send(actions.cpu().numpy())
-            last_step, global_step = global_step, global_step + args.num_envs
-
-            def times(frequency):  # how often a multiple of ``frequency`` was passed in this step
-                return global_step // frequency - last_step // frequency if frequency else 0
+            global_step += args.num_envs
 
             # learn while the emulators run
             if global_step > args.learning_starts:
-                for _ in range(times(args.train_frequency)):
+                for _ in range(passed(args.train_frequency)):
                     learn()
-                if times(args.target_network_frequency):
+                if passed(args.target_network_frequency):
                     agent.update_target()
 
-            next_observations, rewards, terminated, truncated, episodes = envs.recv()
-            replay.add(observations[:, -1], actions, *(upload(x, replay.device) for x in (rewards, terminated, truncated)))
+            # store what was seen and done
+            next_observations, rewards, terminated, truncated, games = envs.recv()
+            outcome = (upload(x, replay.device) for x in (rewards, terminated, truncated))
+            replay.add(observations[:, -1], actions, *outcome)
             observations = upload(next_observations, device)
 
-            for episode in episodes:
-                last_returns.append(episode["r"])
-                log({"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"],
-                     "charts/unique_frames": episode["unique_frames"]})  # fmt: skip
-            if times(LOG_FREQUENCY):
+            # log
+            for game in games:
+                returns.append(game["r"])
+                log({"charts/episodic_return": game["r"], "charts/episodic_length": game["l"],
+                     "charts/unique_frames": game["unique_frames"]})  # fmt: skip
+            if passed(LOG_FREQUENCY):
                 sps = (global_step - clock_step) / (time.perf_counter() - clock)
-                clock, clock_step = time.perf_counter(), global_step
-                log({"charts/SPS": sps, "charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate,
-                     **agent.mean_losses()})  # fmt: skip
+                log({"charts/SPS": sps, "charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate}
+                    | agent.mean_losses())  # fmt: skip
                 agent.losses.zero_()
                 bar.update(global_step - bar.n)
-                bar.set_postfix({"SPS": f"{sps:.0f}", "return": f"{np.mean(last_returns or [np.nan]):.1f}",
-                                 "epsilon": f"{epsilon.item():.2f}"})  # fmt: skip
+                recent = f"{np.mean(returns):.1f}" if returns else "-"
+                bar.set_postfix_str(f"SPS {sps:.0f}, return {recent}, epsilon {epsilon.item():.2f}")
+                clock, clock_step = time.perf_counter(), global_step
+
             pause = time.perf_counter()
-            if times(args.eval_frequency) and global_step < args.total_timesteps:
-                evaluate(args, agent, device, global_step, run_dir, run, stopped=lambda: bool(stop_signals))
-            if times(args.checkpoint_frequency) or stop_signals:
+            if passed(args.eval_frequency) and global_step < args.total_timesteps:
+                evaluate(args, agent, device, global_step, run_dir, run, stopped=lambda: stop_signals)
+            if passed(args.checkpoint_frequency) or stop_signals:
                 save_checkpoint()
             clock += time.perf_counter() - pause
 
-        if not stop_signals:
-            evaluate(args, agent, device, global_step, run_dir, run)
+        if stop_signals:
+            print(f"stopped at step {global_step:,}; go on with: --resume {run_dir}")
+            exit_code = 128 + stop_signals[0]
+        else:
             save_checkpoint()
-            model = {"algorithm": ALGORITHM, "args": portable(args), "global_step": global_step}
-            model["agent"] = {"q_network": agent.q_network.state_dict()}
-            if save(run_dir / "model.pt", model) and run:
-                import wandb
-
-                artifact = wandb.Artifact(f"{run_dir.name}-model", type="model")
-                artifact.add_file(str(run_dir / "model.pt"))
-                run.log_artifact(artifact)
-        exit_code = 128 + stop_signals[0] if stop_signals else 0
+            evaluate(args, agent, device, global_step, run_dir, run)
+            saved = save(run_dir / "model.pt", model(args, agent, global_step))
+            if run and saved:
+                run.log_model(str(run_dir / "model.pt"), name=f"{run_dir.name}-model")
+            exit_code = 0 if saved else 1
     finally:
         bar.close()
         envs.close()
         if run:
-            run.finish(exit_code=exit_code)
+            run.finish(exit_code)
     return exit_code
 
 
-LOG_FREQUENCY = 1000  # steps between two points of the loss and SPS charts
-
-
-def find_precision(name: str, device: torch.device) -> str:
-    if name != "auto":
-        return name
-    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
-
-
-def portable(args: Args) -> dict:
-    """The flags as a checkpoint keeps them: without the paths that this start was given."""
-    return asdict(args) | {"resume": None, "evaluate": None}
-
-
 def main() -> int:
-    args = tyro.cli(Args)
-    path, contents = args.resume or args.evaluate, None
-    if path:
-        path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    args, contents = tyro.cli(Args), None
+    if args.resume or args.evaluate:
+        path = Path(args.resume or args.evaluate)
+        path = path / "checkpoint.pt" if path.is_dir() else path
         contents = load(path, needs="replay" if args.resume else "agent")
-        saved = contents["args"]
-        args = tyro.cli(Args, default=Args(**saved))
+        saved = Args(**contents["args"])
+        args = tyro.cli(Args, default=saved)
     check_args(args)
-    game = game_name(args.env_id)
-    device = find_device(args.device)
+    game, device = game_name(args.env_id), find_device(args.device)
     args.precision = find_precision(args.precision, device)
     if args.resume:
         for name in ("env_id", "num_envs", "buffer_size", "n_step", "full_action_space", "precision"):
-            if getattr(args, name) != saved[name]:
-                sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {saved[name]}")
-        run_dir = path.parent
-    else:
-        run_dir = Path(args.run_dir) / f"{game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            sys.exit(f"error: the run folder cannot be made: {error}")
+            if getattr(args, name) != getattr(saved, name):
+                sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
+        return train(args, device, path.parent, contents)
+    run_dir = Path(args.run_dir) / f"{game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        sys.exit(f"error: the run folder cannot be made: {error}")
+    print(f"{game} on {device}, {args.precision}: {run_dir}")
     if not args.evaluate:
-        return train(args, device, run_dir, contents)
-    agent = DQN(args, int(make_env(args).action_space.n), device)
-    agent.q_network.load_state_dict(contents["agent"]["q_network"])
+        return train(args, device, run_dir, None)
+    agent = DQN(args, int(Atari(args).action_space.n), device)
+    try:
+        agent.q_network.load_state_dict(contents["agent"]["q_network"])
+    except RuntimeError:
+        sys.exit(f"error: the model in {path} does not fit the network of this script or the actions of {game}")
     run = start_wandb(args, run_dir.name)
     evaluate(args, agent, device, contents["global_step"], run_dir, run)
     if run:

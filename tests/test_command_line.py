@@ -1,0 +1,308 @@
+"""dqn_atari.py from the shell: runs, W&B record, video, resume, faults and errors, on real games."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_overlay import read_video
+
+from dqn_atari import DQN, Args, train
+
+SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1"
+NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
+
+
+def start(folder: Path, flags: str, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "dqn_atari.py"), *flags.split()]
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=folder, **options)
+
+
+def run(folder: Path, flags: str, **options) -> subprocess.CompletedProcess:
+    process = start(folder, flags, **options)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
+
+
+def run_folder(folder: Path) -> Path:
+    (found,) = (folder / "runs").iterdir()
+    return found
+
+
+def wait_for(condition, process: subprocess.Popen, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_group_is_gone(pid: int) -> None:
+    """No process of the run is left within 10 seconds (W&B's own service ends by itself too)."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return
+        assert time.monotonic() < deadline, "processes are left behind"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """One run with everything on: 2,400 steps, evaluated twice."""
+    folder = tmp_path_factory.mktemp("recorded")
+    result = run(folder, SHORT + " --total-timesteps 2400 --eval-frequency 1200 --checkpoint-frequency 1200 --seed 3")
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def wandb_records(folder: Path) -> list[dict]:
+    (record,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_run_leaves_its_files(recorded):
+    folder, result = recorded
+    files = run_folder(folder)
+    assert files.name.startswith("Breakout__dqn_atari__3__")
+    names = {str(path.relative_to(files)) for path in files.rglob("*") if path.is_file()}
+    assert names == {"checkpoint.pt", "model.pt", "videos/0000001200.mp4", "videos/0000002400.mp4"}
+    assert "wandb leet" in result.stdout and "wandb sync" in result.stdout
+    assert "step 2,400: return" in result.stdout
+    assert "it/s" not in result.stderr and "step/s" not in result.stderr  # no progress bar where there is no terminal
+
+
+def test_wandb_record_is_complete(recorded):
+    folder, _ = recorded
+    records = wandb_records(folder)
+    of_type = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
+    config = of_type["run"][0]["config"]["update"]
+    assert (config["env_id"], config["seed"], config["gamma"], config["num_envs"]) == ("Breakout", 3, 0.99, 4)
+    assert {metric.get("step_metric") for metric in of_type["metric"] if "glob_name" in metric} == {"global_step"}
+    history = [item["item"] for item in of_type["history"]]
+    assert all("global_step" in item for item in history)
+    logged = {key.split(".")[0] for item in history for key in item}
+    charts = {"episodic_return", "episodic_length", "unique_frames", "SPS", "epsilon", "learning_rate"}
+    evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "unique_frames"}
+    wanted = {f"charts/{name}" for name in charts} | {f"eval/{name}" for name in evaluation}
+    assert wanted | {"losses/td_loss", "losses/q_values", "videos/eval", "images/eval"} <= logged
+    assert {item["global_step"] for item in history if "eval/episodic_return" in item} == {1200, 2400}
+    artifacts = {artifact["type"]: artifact for artifact in of_type["artifact"]}
+    assert [entry["path"] for entry in artifacts["model"]["manifest"]["contents"]] == ["model.pt"]
+    assert [entry["path"] for entry in artifacts["code"]["manifest"]["contents"]] == ["dqn_atari.py"]
+    files = {file["path"] for record in of_type["files"] for file in record["files"]}
+    media = next((folder / "wandb").glob("offline-run-*/files"))
+    videos = [file for file in files if file.endswith(".mp4")]
+    assert len(videos) == 2 and all((media / video).stat().st_size > 1000 for video in videos)
+    assert len([file for file in files if file.startswith("media/images/images/eval")]) == 2
+
+
+def test_video_of_the_run_decodes(recorded):
+    folder, _ = recorded
+    meta, frames = read_video(run_folder(folder) / "videos" / "0000002400.mp4")
+    history = [r["history"]["item"] for r in wandb_records(folder) if r["type"] == "history"]
+    length = [item["eval/episodic_length"] for item in history if "eval/episodic_length" in item][-1]
+    assert meta["size"] == (960, 630)
+    # a picture for every step: not for the FIRE that starts each of the five lives, which nobody chose
+    assert len(frames) == length - 5
+
+
+def test_evaluate_plays_the_model_and_trains_nothing(recorded, tmp_path):
+    folder, result = recorded
+    model = run_folder(folder) / "model.pt"
+    again = run(tmp_path, f"--evaluate {model} --wandb-mode disabled --eval-episodes 1")
+    assert again.returncode == 0, again.stderr
+    line = "step 2,400: return"
+    assert [x for x in again.stdout.splitlines() if line in x] == [x for x in result.stdout.splitlines() if line in x]
+    names = {path.name for path in run_folder(tmp_path).rglob("*") if path.is_file()}
+    assert names == {"0000002400.mp4"}
+
+
+def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
+    for name in ("wandb", "moviepy"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = run(tmp_path, NO_EXTRAS + " --total-timesteps 500 --num-workers 0", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "wandb").exists()
+
+
+# ---------------------------------------------------------------------------------------- kill and resume
+
+INTERRUPTED = NO_EXTRAS + " --total-timesteps 3200 --checkpoint-frequency 800"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(folder, INTERRUPTED).returncode == 0
+    return (run_folder(folder) / "model.pt").read_bytes()
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, exit_code):
+    """Stopped after the first checkpoint, with the replay wrapped round and lives lost; ended by ``--resume``."""
+    process = start(tmp_path, INTERRUPTED)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
+    time.sleep(0.5)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as Ctrl-C in a terminal: the workers get it too
+    else:
+        process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_code, stderr
+    assert_group_is_gone(process.pid)
+    folder = run_folder(tmp_path)
+    assert not (folder / "model.pt").exists()
+    if number != signal.SIGKILL:
+        assert "--resume" in stdout
+        assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] % 800 != 0
+    result = run(tmp_path, f"--resume {folder}")
+    assert result.returncode == 0, result.stderr
+    assert (folder / "model.pt").read_bytes() == uninterrupted_model
+
+
+def test_resume_goes_on_with_the_same_wandb_run(tmp_path):
+    flags = SHORT + " --total-timesteps {} --eval-frequency 0 --no-capture-video"
+    assert run(tmp_path, flags.format(1000)).returncode == 0
+    result = run(tmp_path, f"--resume {run_folder(tmp_path)}/checkpoint.pt --total-timesteps 2000")
+    assert result.returncode == 0, result.stderr
+    ids = {path.suffixes and path.stem for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")}
+    assert len(ids) == 1 and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+
+def test_killed_worker_ends_the_run(tmp_path):
+    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 1000000 --num-workers 2 --checkpoint-frequency 800")
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=15)
+    assert process.returncode == 1
+    assert "error: environment worker 0" in stderr and "died with exit code -9" in stderr
+    assert_group_is_gone(process.pid)
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    """Files may not grow past 9 MB: the first checkpoints fail, training goes on, nothing old is destroyed."""
+    folder = tmp_path / "first"
+    folder.mkdir()
+    assert run(folder, NO_EXTRAS + " --total-timesteps 800").returncode == 0
+    checkpoint = run_folder(folder) / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+
+    result = run(folder, f"--resume {run_folder(folder)} --total-timesteps 1600", preexec_fn=limit)
+    assert "was not written" in result.stderr
+    assert "step 1,600: return" in result.stdout and result.returncode == 0  # the model is small enough
+    assert checkpoint.read_bytes() == before
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    """The parameters become nan at the 20th update: the checkpoint due after it is not written over the good one."""
+    updates, update = [], DQN.update
+
+    def diverge(self, *batch):
+        update(self, *batch)
+        updates.append(None)
+        if len(updates) == 20:
+            self.q_network.head.bias.data.fill_(float("nan"))
+
+    monkeypatch.setattr(DQN, "update", diverge)
+    args = Args(env_id="Breakout", num_envs=4, num_workers=0, learning_starts=400, buffer_size=1000)
+    args.precision = "float32"
+    args.total_timesteps, args.checkpoint_frequency, args.wandb_mode = 3000, 450, "disabled"
+    with pytest.raises(SystemExit, match="error: the loss became nan"):
+        train(args, torch.device("cpu"), tmp_path, None)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["global_step"] == 452 and 20 < len(updates) < 200
+    assert all(value.isfinite().all() for value in checkpoint["agent"]["q_network"].values())
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--env-id Breakot", "error: --env-id Breakot is no game here: did you mean Breakout"),
+        ("--env-id breakout", "did you mean Breakout"),
+        ("--env-id CartPole-v1", "is no game here"),
+        ("--device cuda:99", "error: --device cuda:99 is not there: this machine has"),
+        ("--device tpu", "error: --device tpu is"),
+        ("--num-envs 0", "error: --num-envs is 0: it must be at least 1"),
+        ("--gamma 1.5", "error: --gamma is 1.5: it must be between 0 and 1"),
+        ("--eval-epsilon -0.1", "error: --eval-epsilon is -0.1: it must be between 0 and 1"),
+        ("--num-workers 9", "error: --num-workers is 9: it must be between 0 and 8"),
+        ("--learning-rate 0", "error: --learning-rate is 0"),
+        ("--batch-size 100 --learning-starts 64", "error: --batch-size 100 is more than the 56 transitions"),
+        ("--buffer-size 56", "transitions that are stored when learning starts"),
+        ("--buffer-size 1000000000000", "error: --buffer-size 1000000000000 needs 7062000.0 GB and cpu has"),
+        ("--resume no/such/run", "error: there is no file no/such/run"),
+        ("--evaluate no/such/model.pt", "error: there is no file no/such/model.pt"),
+        ("--resume a --evaluate b", "error: there is no file a"),
+        ("--run-dir /dev/null/runs", "error: the run folder cannot be made"),
+        ("--no-such-flag 1", "no-such-flag"),
+        ("--precision float16", "float16"),
+    ],
+)
+def test_bad_flags_end_with_one_sentence(tmp_path, flags, message):
+    result = run(tmp_path, flags + " --wandb-mode disabled")
+    assert result.returncode != 0
+    assert message in result.stderr and "Traceback" not in result.stderr
+    if result.stderr.startswith("error:"):
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_bad_checkpoints_end_with_one_sentence(recorded, tmp_path):
+    folder, _ = recorded
+    files = run_folder(folder)
+    truncated, foreign, text = (tmp_path / name for name in ("truncated.pt", "foreign.pt", "text.pt"))
+    truncated.write_bytes((files / "checkpoint.pt").read_bytes()[:1_000_000])
+    torch.save({"algorithm": "C51"}, foreign)
+    text.write_text("hello")
+    for flags, message in (
+        (f"--resume {truncated}", "is damaged or no checkpoint"),
+        (f"--evaluate {text}", "is damaged or no checkpoint"),
+        (f"--resume {foreign}", "was written by C51, not by DQN"),
+        (f"--resume {files / 'model.pt'}", "has no replay: --resume needs a checkpoint.pt"),
+        (f"--resume {files} --num-envs 8", "error: --num-envs cannot change on --resume: it was 4"),
+        (f"--evaluate {files / 'model.pt'} --env-id Pong", "does not fit the network of this script or the actions"),
+    ):
+        result = run(tmp_path, flags + " --wandb-mode disabled")
+        assert result.returncode == 1 and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_every_flag(tmp_path):
+    result = run(tmp_path, "--help")
+    assert result.returncode == 0
+    common = "exp-name seed torch-deterministic device wandb-mode wandb-project-name wandb-entity wandb-group run-dir"
+    common += " capture-video video-length eval-frequency eval-episodes eval-epsilon checkpoint-frequency"
+    common += " resume evaluate env-id total-timesteps num-envs num-workers sticky-actions max-episode-frames"
+    common += " episodic-life full-action-space"
+    places = [result.stdout.index(f"--{name}") for name in common.split()]
+    assert places == sorted(places)
+
+
+def test_underscores_and_hyphens_are_the_same(tmp_path):
+    result = run(tmp_path, "--num_envs 0 --wandb_mode disabled")
+    assert "error: --num-envs is 0" in result.stderr

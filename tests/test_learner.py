@@ -1,0 +1,182 @@
+"""DQN's network, acting and update against direct computations and a decision process with a known answer."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import dqn_atari
+from dqn_atari import DQN, SIZE, STACK, Args, QNetwork, Replay, linear_schedule
+
+CPU = torch.device("cpu")
+
+
+def make_agent(num_actions=2, **flags):
+    torch.manual_seed(0)
+    return DQN(Args(**({"precision": "float32"} | flags)), num_actions, CPU)
+
+
+def random_batch(size=32, num_actions=2):
+    generator = torch.Generator().manual_seed(3)
+    frames = torch.randint(0, 256, (size, 5, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    actions = torch.randint(num_actions, (size,), generator=generator)
+    returns = torch.randn(size, generator=generator)
+    discounts = 0.99 * (torch.rand(size, generator=generator) < 0.8)
+    return frames[:, :STACK], actions, returns, frames[:, 1:], discounts
+
+
+def state_frame(state: int) -> torch.Tensor:
+    frame = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
+    frame[20:64, 16 * state : 16 * state + 16] = 255
+    return frame
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_update_converges_to_value_iteration(precision):
+    """A corridor of five states shown as pictures; episodes are cut off at random, which must not change the values.
+
+    Left and right move; right in the last state ends the episode with reward 1; left in the first costs 0.5.
+    """
+    num_states, gamma = 5, 0.8
+
+    def step(state, action):
+        """Next state, reward, terminated."""
+        if action == 1:
+            return (state, 1.0, True) if state == num_states - 1 else (state + 1, 0.0, False)
+        return (0, -0.5, False) if state == 0 else (state - 1, 0.0, False)
+
+    expected = np.zeros((num_states, 2))
+    for _ in range(200):
+        for state in range(num_states):
+            for action in range(2):
+                next_state, reward, terminated = step(state, action)
+                expected[state, action] = reward + (0 if terminated else gamma * expected[next_state].max())
+
+    agent = make_agent(learning_rate=3e-4, precision=precision)
+    replay = Replay(4000, 2, 1, gamma, CPU)
+    rng, states = np.random.default_rng(0), [0, 2]
+    for _ in range(1500):
+        actions = rng.integers(2, size=2)
+        outcomes = [step(state, action) for state, action in zip(states, actions)]
+        terminated = np.array([outcome[2] for outcome in outcomes])
+        truncated = (rng.random(2) < 0.2) & ~terminated
+        frames = torch.stack([state_frame(state) for state in states])
+        rewards = torch.tensor([outcome[1] for outcome in outcomes])
+        replay.add(frames, torch.tensor(actions), rewards, torch.tensor(terminated), torch.tensor(truncated))
+        ended = terminated | truncated
+        states = [int(rng.integers(num_states)) if end else outcome[0] for end, outcome in zip(ended, outcomes)]
+
+    for update in range(500):
+        agent.update(*replay.sample(32))
+        if update % 25 == 0:
+            agent.update_target()
+    batch = replay.sample(512)
+    with torch.no_grad():
+        q_values = agent.q_network(batch.observations).numpy()
+    in_state = batch.observations[:, -1].float().mean(1).argmax(1).numpy() // 16
+    learned = np.stack([q_values[in_state == state].mean(0) for state in range(num_states)])
+    np.testing.assert_allclose(learned, expected, atol=0.06)
+
+
+def test_update_is_the_formula():
+    """Loss, gradient and Adam's step of one update, computed directly in float64."""
+    agent = make_agent()
+    with torch.no_grad():
+        for parameter in agent.target_network.parameters():
+            parameter.mul_(1.1)
+    observations, actions, returns, next_observations, discounts = batch = random_batch()
+    network, target = copy.deepcopy(agent.q_network).double(), copy.deepcopy(agent.target_network).double()
+    network.dtype = target.dtype = torch.float64
+    for model in (network, target):
+        model.forward = lambda x, model=model: torch.nn.functional.linear(
+            model.trunk(x.double() / 255), model.head.weight, model.head.bias
+        )
+    expected_loss = 0.0
+    for i in range(len(actions)):
+        value = network(observations[i : i + 1])[0, actions[i]]
+        best = target(next_observations[i : i + 1])[0].max().detach()
+        expected_loss = expected_loss + (returns[i] + discounts[i] * best - value) ** 2 / len(actions)
+    expected_loss.backward()
+    agent.update(*batch)
+    assert agent.losses.tolist()[::2] == pytest.approx([expected_loss.item(), 1], rel=1e-5)
+    for ours, theirs in zip(agent.q_network.parameters(), network.parameters()):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-6)
+    before = make_agent().q_network
+    for old, parameter in zip(before.parameters(), agent.q_network.parameters()):
+        gradient = parameter.grad  # Adam's first step is learning_rate * g / (|g| + eps)
+        expected = old - 1e-4 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), expected.detach(), rtol=0, atol=1e-7)
+
+
+def test_update_leaves_the_target_network_alone():
+    agent = make_agent()
+    before = copy.deepcopy(agent.target_network.state_dict())
+    agent.update(*random_batch())
+    assert all(torch.equal(before[name], value) for name, value in agent.target_network.state_dict().items())
+    agent.update_target()
+    now = agent.q_network.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in agent.target_network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "num_envs, train_frequency, copy_frequency", [(1, 4, 40), (2, 4, 30), (8, 4, 40), (8, 1, 100), (6, 4, 50)]
+)
+def test_updates_and_target_copies_come_in_time(monkeypatch, tmp_path, num_envs, train_frequency, copy_frequency):
+    """The sequence of both, counted in steps as the serial algorithm counts them."""
+    events = []
+    monkeypatch.setattr(DQN, "update", lambda self, *batch: events.append("update"))
+    monkeypatch.setattr(dqn_atari, "evaluate", lambda *arguments, **flags: None)
+    original = DQN.__init__
+
+    def init(self, *arguments):
+        original(self, *arguments)
+        self.update_target = lambda: events.append("target")
+
+    monkeypatch.setattr(DQN, "__init__", init)
+    args = Args(env_id="Pong", num_envs=num_envs, train_frequency=train_frequency, batch_size=8, precision="float32")
+    args.target_network_frequency, args.total_timesteps, args.learning_starts = copy_frequency, 300, 101
+    args.buffer_size, args.wandb_mode, args.num_workers = 400, "disabled", 0
+    dqn_atari.train(args, CPU, tmp_path, None)
+    expected = []
+    for step in range(num_envs, 300 + num_envs, num_envs):
+        if step > 101:
+            reached = range(step - num_envs + 1, step + 1)
+            expected += ["update"] * sum(t % train_frequency == 0 for t in reached)
+            expected += ["target"] * any(t % copy_frequency == 0 for t in reached)
+    assert events == expected
+
+
+def test_acting_is_epsilon_greedy():
+    agent = make_agent(num_actions=4)
+    observations = random_batch(200)[0]
+    greedy = agent.q_network(observations).argmax(1)
+    assert torch.equal(agent.act(observations, torch.tensor(0.0)), greedy)
+    explored = torch.stack([agent.act(observations, torch.tensor(1.0)) for _ in range(5)]).flatten()
+    assert torch.bincount(explored, minlength=4).min() > 180  # of 250 expected
+    half = torch.stack([agent.act(observations, torch.tensor(0.5)) == greedy for _ in range(5)]).float().mean()
+    assert half.item() == pytest.approx(0.5 + 0.5 / 4, abs=0.06)
+
+
+def test_epsilon_schedule():
+    values = [linear_schedule(1.0, 0.1, 100, t) for t in (0, 50, 100, 1000)]
+    assert values == pytest.approx([1.0, 0.55, 0.1, 0.1])
+    assert linear_schedule(0.0, 0.0, 100, 50) == 0.0
+
+
+def test_bfloat16_trunk_stays_close_to_float32():
+    torch.manual_seed(0)
+    network, half = QNetwork(4), QNetwork(4, torch.bfloat16)
+    half.load_state_dict(network.state_dict())
+    observations = random_batch()[0]
+    assert half(observations).dtype == torch.float32
+    torch.testing.assert_close(half(observations), network(observations), rtol=0, atol=5e-3)
+
+
+def test_loss_that_is_not_finite_ends_the_run():
+    agent = make_agent()
+    assert agent.mean_losses() == {}
+    observations, actions, returns, next_observations, discounts = random_batch()
+    agent.update(observations, actions, returns * float("nan"), next_observations, discounts)
+    with pytest.raises(SystemExit, match="loss became nan"):
+        agent.mean_losses()
