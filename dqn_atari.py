@@ -22,6 +22,7 @@ https://www.nature.com/articles/nature14236, with Adam and the settings of Clean
     python dqn_atari.py --evaluate runs/Pong__dqn_atari__2__20260131-120000/model.pt
 """
 
+import atexit
 import difflib
 import hashlib
 import math
@@ -366,8 +367,8 @@ def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
 
 def work(pipe, inherited: list, args: Args, first: int, last: int, buffers: dict[str, tuple]) -> None:
     """Body of a worker process: serves an ``EnvSlice`` until the main process closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and job schedulers signal every process: the main one
+        signal.signal(number, signal.SIG_IGN)  # decides, and needs the games for its checkpoint
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
@@ -405,6 +406,7 @@ class AtariVector:
         self.arrays = as_arrays(buffers)
         self.bounds = [args.num_envs * i // max(num_workers, 1) for i in range(max(num_workers, 1) + 1)]
         self.pipes, self.workers = [], []
+        atexit.register(self.close)
         for first, last in zip(self.bounds, self.bounds[1:]):
             if num_workers == 0:
                 self.pipes.append(EnvSlice(args, first, last, buffers))
@@ -443,6 +445,7 @@ class AtariVector:
         return self.arrays["observations"]
 
     def close(self) -> None:
+        """Ends the workers; also called when the program ends."""
         for pipe in self.pipes:
             pipe.close()
         for worker in self.workers:

@@ -161,10 +161,10 @@ def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, e
     process = start(tmp_path, INTERRUPTED)
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
     time.sleep(0.5)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as Ctrl-C in a terminal: the workers get it too
+    if number == signal.SIGKILL:
+        process.kill()
     else:
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as a terminal and a job scheduler do: the workers get it too
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_code, stderr
     assert_group_is_gone(process.pid)
