@@ -24,7 +24,6 @@ https://www.nature.com/articles/nature14236, with Adam and the settings of Clean
 
 import atexit
 import difflib
-import hashlib
 import math
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -296,7 +296,7 @@ class Atari(gym.Wrapper):
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
         self.stack[:-1] = self.stack[1:]
         cv2.resize(self.screens[0], (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
-        self.frames_seen.add(int.from_bytes(hashlib.blake2b(self.stack[-1], digest_size=7).digest(), "little"))
+        self.frames_seen.add(zlib.crc32(self.stack[-1]))  # a collision in every dozenth of the longest games
 
     def state_dict(self) -> dict:
         """All that the rest of the game depends on, as tensors and plain values."""
@@ -558,9 +558,9 @@ class Replay:
         """Draws valid transitions uniformly, with replacement, without waiting for the device."""
         high = self.num_steps_on_device - self.n_step
         low = (self.num_steps_on_device - self.rows + HISTORY).clamp(min=0)
-        # Truncations are rare: of 8 draws for each place in the batch, enough are valid.
-        draws = torch.rand(8 * batch_size, dtype=torch.float64, device=self.device)
-        draws = (draws * ((high - low) * self.num_envs)).long()
+        # Truncations are rare: of 8 draws for each place in the batch, enough are valid. Drawn in a range so large
+        # that the remainder favours none, since the bounds are known only to the device.
+        draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device) % ((high - low) * self.num_envs)
         steps, envs = low + draws // self.num_envs, draws % self.num_envs
         cut = self._window(self.ends, steps, envs, 0, self.n_step)
         invalid = ((cut == CUT) & self._alive(cut)).any(1)
@@ -734,6 +734,11 @@ def number(value: float) -> str:
     return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e4 else f"{value:.2g}"
 
 
+def finite_range(values: np.ndarray) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
 class Overlay(gym.Wrapper):
     """Draws the game beside what the network thinks of it, 960x630, RGB.
 
@@ -785,8 +790,7 @@ class Overlay(gym.Wrapper):
 
     def draw_q_values(self, top: int, bottom: int) -> None:
         """One bar an action, its length the Q-value's distance from the lowest: values often differ by a percent."""
-        finite = self.q_values[np.isfinite(self.q_values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        low, high = finite_range(self.q_values)
         self.text("Q(s, a)", self.LEFT, top - 14, QUIET, 14)
         self.text(f"lowest to highest: {number(high - low)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         pitch = min(36, (bottom - top) // len(self.q_values))
@@ -807,8 +811,7 @@ class Overlay(gym.Wrapper):
     def draw_trace(self, top: int, bottom: int) -> None:
         """V(s) over the last seconds; a green line where a reward came, a red one where a penalty came."""
         values, rewards = np.array(self.values), np.array(self.rewards)
-        finite = values[np.isfinite(values)]
-        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        low, high = finite_range(values)
         self.text("V(s) = max Q, last 10 s", self.LEFT, top - 14, QUIET, 14)
         self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
@@ -926,10 +929,12 @@ def start_wandb(args: Args, name: str, run_id: str | None = None):
     import wandb
 
     mode = args.wandb_mode
-    if mode == "auto":
-        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        if mode == "offline":
-            print("W&B: no login, so the run is recorded offline; look: wandb leet; upload later: wandb sync")
+    if mode in ("auto", "online") and not wandb.login(prompt=False, verify=False):
+        if mode == "online":
+            sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
+        print("W&B: no login, so the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        mode = "offline"
+    mode = "online" if mode == "auto" else mode
     settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=args.wandb_group, name=name)
     settings |= dict(config=asdict(args), id=run_id, resume="allow" if run_id else None)
     try:
@@ -1000,8 +1005,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
     agent = DQN(args, envs.num_actions, device)
     replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, find_replay_device(args, device))
@@ -1116,7 +1121,7 @@ def main() -> int:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
         contents = load(path, needs="replay" if args.resume else "agent")
-        saved = Args(**contents["args"])
+        saved = Args(**{name: value for name, value in contents["args"].items() if hasattr(Args, name)})
         args = tyro.cli(Args, default=saved)
     check_args(args)
     game, device = game_name(args.env_id), find_device(args.device)
