@@ -299,21 +299,21 @@ class Atari(gym.Wrapper):
         self.frames_seen.add(zlib.crc32(self.stack[-1]))  # a collision in every dozenth of the longest games
 
     def state_dict(self) -> dict:
-        """All that the rest of the game depends on, as tensors and plain values."""
+        """All that the rest of the game depends on, as plain values: torch's threads do not survive the fork."""
         return {
             "emulator": self.ale.cloneSystemState().serialize(),
             "random": self.unwrapped.np_random.bit_generator.state,
-            "screens": torch.tensor(self.screens),
-            "stack": torch.tensor(self.stack),
-            "frames_seen": torch.tensor(sorted(self.frames_seen), dtype=torch.int64),
+            "screens": self.screens.tobytes(),
+            "stack": self.stack.tobytes(),
+            "frames_seen": np.array(sorted(self.frames_seen), np.uint32).tobytes(),
             "counters": [self.game_ended, self.lives, self.episode_return, self.episode_length],
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
         self.unwrapped.np_random.bit_generator.state = state["random"]
-        self.screens[:], self.stack[:] = state["screens"].numpy(), state["stack"].numpy()
-        self.frames_seen = set(state["frames_seen"].tolist())
+        self.screens.flat, self.stack.flat = (np.frombuffer(state[name], np.uint8) for name in ("screens", "stack"))
+        self.frames_seen = set(np.frombuffer(state["frames_seen"], np.uint32).tolist())
         self.game_ended, self.lives, self.episode_return, self.episode_length = state["counters"]
 
 
@@ -775,7 +775,7 @@ class Overlay(gym.Wrapper):
         self.last_return = self.env.episode_return
 
     def render(self) -> np.ndarray:
-        self.canvas[:, self.WIDTH // 2 :] = GROUND
+        cv2.rectangle(self.canvas, (self.WIDTH // 2, 0), (self.WIDTH - 1, self.HEIGHT - 1), GROUND, -1)
         self.env.ale.getScreenRGB(self.screen)
         game = self.canvas[:, : self.WIDTH // 2]
         cv2.resize(self.screen, (self.WIDTH // 2, self.HEIGHT), dst=game, interpolation=cv2.INTER_NEAREST)
@@ -940,7 +940,7 @@ def start_wandb(args: Args, name: str, run_id: str | None = None):
     try:
         run = wandb.init(mode=mode, **settings)
     except wandb.Error as error:
-        print(f"W&B: {error}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        print(f"W&B: {str(error).splitlines()[0]}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
         run = wandb.init(mode="offline", **settings)
     code = wandb.Artifact(f"{Path(__file__).stem}-source", type="code")
     code.add_file(__file__)
