@@ -3,9 +3,9 @@
 # dependencies = [
 #   "torch>=2.8,<2.14",
 #   "gymnasium>=1.2",
-#   "ale-py>=0.11",
+#   "ale-py>=0.12",
 #   "wandb>=0.31",
-#   "numpy>=1.26",
+#   "numpy>=2.0",
 #   "opencv-python-headless>=5.0",
 #   "moviepy>=2.2",
 #   "tyro>=1.0",
@@ -940,7 +940,8 @@ def start_wandb(args: Args, name: str, run_id: str | None = None):
     try:
         run = wandb.init(mode=mode, **settings)
     except wandb.Error as error:
-        print(f"W&B: {str(error).splitlines()[0]}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        reason = str(error).splitlines()[0]
+        print(f"W&B: {reason}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
         run = wandb.init(mode="offline", **settings)
     code = wandb.Artifact(f"{Path(__file__).stem}-source", type="code")
     code.add_file(__file__)
@@ -985,10 +986,14 @@ def evaluate(args: Args, agent: DQN, device, global_step: int, run_dir: Path, ru
 
         metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
         metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
-        if recorder.count:
-            metrics["videos/eval"] = wandb.Video(str(video), format="mp4")
-            metrics["images/eval"] = wandb.Image(recorder.still)
         run.log(metrics)
+        if recorder.count:
+            try:
+                media = {"videos/eval": wandb.Video(str(video), format="mp4")}
+                media |= {"images/eval": wandb.Image(recorder.still), "global_step": global_step}
+                run.log(media)
+            except Exception as error:  # the encoder or the disk failed
+                recorder.fail(error)
 
 
 # -------------------------------------------------------------------------------------------------- training
