@@ -23,6 +23,7 @@ https://www.nature.com/articles/nature14236, with Adam and the settings of Clean
 """
 
 import atexit
+import copy
 import difflib
 import math
 import multiprocessing
@@ -678,8 +679,9 @@ class DQN:
         return {name: getattr(self, name).state_dict() for name in parts} | {"losses": self.losses}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("q_network", "target_network", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        self.q_network.load_state_dict(state["q_network"])
+        self.target_network.load_state_dict(state["target_network"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on using the file's tensors
         self.losses.copy_(state["losses"])
 
 
@@ -1024,6 +1026,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        checkpoint.clear()  # lets go of the file, so that the next checkpoint frees its space
     else:
         observations = upload(envs.reset(args.seed), device)
 
