@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 ALGORITHM = "DQN"  # written into checkpoints: those of another algorithm are refused
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
+FIXED_FLAGS = ("env_id", "num_envs", "buffer_size", "n_step", "full_action_space", "precision")  # on --resume
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
@@ -325,7 +326,7 @@ class EnvSlice:
     """The environments that one process steps, one after another, on their rows of the shared arrays."""
 
     def __init__(self, args: Args, first: int, last: int, buffers: dict[str, tuple]):
-        self.envs = [Atari(args) for _ in range(first, last)]
+        self.first, self.envs = first, [Atari(args) for _ in range(first, last)]
         self.arrays = {name: array[first:last] for name, array in as_arrays(buffers).items()}
 
     def send(self, message: tuple[str, list]) -> None:
@@ -349,8 +350,10 @@ class EnvSlice:
         for i, (env, action) in enumerate(zip(self.envs, actions)):
             observation, a["rewards"][i], terminated, truncated, info = env.step(action)
             a["terminated"][i], a["truncated"][i] = terminated, truncated
+            if truncated:
+                a["final_observations"][i] = observation
             a["observations"][i] = env.reset()[0] if terminated or truncated else observation
-            games += [info["episode"]] if info else []
+            games += [info["episode"] | {"env": self.first + i}] if info else []
         return games
 
     def state_dict(self, _) -> list[dict]:
@@ -402,6 +405,7 @@ class AtariVector:
             ("rewards", np.float32, (args.num_envs,)),
             ("terminated", np.bool_, (args.num_envs,)),
             ("truncated", np.bool_, (args.num_envs,)),
+            ("final_observations", np.uint8, (args.num_envs, STACK, SIZE, SIZE)),
         ):
             buffers[name] = (context.RawArray("B", math.prod(shape) * np.dtype(dtype).itemsize), dtype, shape)
         self.arrays = as_arrays(buffers)
@@ -425,9 +429,13 @@ class AtariVector:
         self._send("step", actions.tolist())
 
     def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
-        """Waits for the step: observations, rewards, terminated, truncated (views) and the games that ended."""
+        """Waits for the step: observations, rewards, terminated, truncated (views) and the games that ended.
+
+        A game is its ``info["episode"]`` with the number of its environment, ``env``. The last observation of a
+        truncated episode is in ``arrays["final_observations"]``.
+        """
         games = self._recv()
-        return *self.arrays.values(), games
+        return *(self.arrays[name] for name in ("observations", "rewards", "terminated", "truncated")), games
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts a new game everywhere, environment ``i`` with seed ``seed + i``; returns the observations."""
@@ -631,7 +639,7 @@ def find_replay_device(args: Args, device: torch.device) -> torch.device:
 # ---------------------------------------------------------------------------------------------------- learner
 
 
-class DQN:
+class Agent:
     """Q-network, target network and optimizer. On CUDA, ``act`` and ``update`` are captured as graphs."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
@@ -651,6 +659,12 @@ class DQN:
         greedy = self.q_network(observations).argmax(1)
         explore = torch.rand(greedy.shape, device=greedy.device) < epsilon
         return torch.where(explore, torch.randint_like(greedy, self.num_actions), greedy)
+
+    @torch.no_grad()
+    def think(self, observation: torch.Tensor) -> tuple[np.ndarray, int]:
+        """What the overlay shows of one observation, Q-values float32 [actions], and the greedy action."""
+        q_values = self.q_network(observation[None])[0].cpu().numpy()
+        return q_values, int(q_values.argmax())
 
     def update(self, *batch: torch.Tensor) -> None:
         """One step on the squared TD error of a ``Batch``."""
@@ -895,7 +909,7 @@ def save(path: Path, contents: dict) -> bool:
         return False
 
 
-def model(args: Args, agent: DQN, global_step: int) -> dict:
+def model(args: Args, agent: Agent, global_step: int) -> dict:
     """What ``--evaluate`` needs; the flags without the paths that this start was given."""
     flags = asdict(args) | {"resume": None, "evaluate": None}
     network = {"q_network": agent.q_network.state_dict()}
@@ -953,7 +967,7 @@ def start_wandb(args: Args, name: str, run_id: str | None = None):
     return run
 
 
-def evaluate(args: Args, agent: DQN, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
+def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
     """Plays whole games, records the first, prints and logs the results.
 
     All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
@@ -966,11 +980,10 @@ def evaluate(args: Args, agent: DQN, device, global_step: int, run_dir: Path, ru
     episodes = []
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while len(episodes) < args.eval_episodes and not stopped():
-        with torch.no_grad():
-            q_values = agent.q_network(upload(observation[None], device))[0].cpu().numpy()
-        explore = rng.random() < args.eval_epsilon
-        action = int(rng.integers(env.action_space.n)) if explore else int(q_values.argmax())
-        env.think(q_values, action)
+        thoughts, action = agent.think(upload(observation, device))
+        if rng.random() < args.eval_epsilon:
+            action = int(rng.integers(env.action_space.n))
+        env.think(thoughts, action)
         if not episodes:
             recorder.write(env)
         observation, _, terminated, truncated, info = env.step(action)
@@ -1015,7 +1028,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
-    agent = DQN(args, envs.num_actions, device)
+    agent = Agent(args, envs.num_actions, device)
     replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, find_replay_device(args, device))
     global_step, run_id = 0, None
     if checkpoint:
@@ -1135,7 +1148,7 @@ def main() -> int:
     game, device = game_name(args.env_id), find_device(args.device)
     args.precision = find_precision(args.precision, device)
     if args.resume:
-        for name in ("env_id", "num_envs", "buffer_size", "n_step", "full_action_space", "precision"):
+        for name in FIXED_FLAGS:
             if getattr(args, name) != getattr(saved, name):
                 sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
         return train(args, device, path.parent, contents)
@@ -1147,7 +1160,7 @@ def main() -> int:
     print(f"{game} on {device}, {args.precision}: {run_dir}")
     if not args.evaluate:
         return train(args, device, run_dir, None)
-    agent = DQN(args, int(Atari(args).action_space.n), device)
+    agent = Agent(args, int(Atari(args).action_space.n), device)
     try:
         agent.q_network.load_state_dict(contents["agent"]["q_network"])
     except RuntimeError:

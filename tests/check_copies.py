@@ -6,7 +6,8 @@
     python tests/check_copies.py --fix                           copies all that differ
 
 Compared are all top-level definitions (functions, classes, assignments) that occur in two scripts or more under the
-same name, with their comments, except those that ``DIFFER`` allows to be each script's own.
+same name, with their comments, except those that ``OWN`` allows a script to have of its own. A class of which ``OWN``
+names members ("Agent.update") is compared member by member; a flag, with its docstring, is a member of ``Args``.
 """
 
 import argparse
@@ -16,21 +17,39 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "dqn_atari.py"
-# Definitions that say what an algorithm is; everything else is the same wherever it occurs.
-DIFFER = {"ALGORITHM", "Args", "check_args", "Batch", "DQN", "Overlay", "train", "main", "evaluate"}
+# What each script has of its own: its algorithm. Everything else is the same wherever it occurs.
+OWN = {
+    "c51_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork Args.learning_rate Args.target_network_frequency"
+    " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render",
+}
+OWN = {script: set(names.split()) for script, names in OWN.items()}
+BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}
 
 
-def definitions(path: Path) -> dict[str, str]:
-    """The text of every top-level definition of a script."""
-    source, found = path.read_text(), {}
-    lines = source.splitlines(keepends=True)
-    for node in ast.parse(source).body:
+def definitions(source: str, inside: str = "") -> dict[str, str]:
+    """The text of every top-level definition of a script, or of every member of its class ``inside``."""
+    lines, body, found = source.splitlines(keepends=True), ast.parse(source).body, {}
+    if inside:
+        (body,) = [node.body for node in body if isinstance(node, ast.ClassDef) and node.name == inside]
+    for node, following in zip(body, [*body[1:], None]):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             found[node.name] = "".join(lines[first - 1 : node.end_lineno])
-        elif isinstance(node, ast.Assign):
-            for name in [name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]:
-                found[name.id] = "".join(lines[node.lineno - 1 : node.end_lineno])
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            last = following if isinstance(following, ast.Expr) else node  # a flag's docstring follows it
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in [name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]:
+                found[name.id] = "".join(lines[node.lineno - 1 : last.end_lineno])
+    return found
+
+
+def shared(path: Path) -> dict[str, str]:
+    """All that is compared of a script, classes ``BY_MEMBER`` as one entry for each "Class.member"."""
+    source, own, found = path.read_text(), OWN.get(path.name, set()), {}
+    for name, text in definitions(source).items():
+        members = definitions(source, name).items() if name in BY_MEMBER else ()
+        entries = {f"{name}.{member}": text for member, text in members} or {name: text}
+        found |= {entry: text for entry, text in entries.items() if not own & {entry, name}}
     return found
 
 
@@ -40,18 +59,19 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--fix", action="store_true", help="copy instead of complaining")
     parser.add_argument("--from", dest="source", default=TEMPLATE, metavar="FILE", help="the script that is right")
     args = parser.parse_args(arguments)
-    scripts = {path: definitions(path) for path in sorted(root.glob("*_atari*.py"))}
+    scripts = {path: shared(path) for path in sorted(root.glob("*_atari*.py"))}
     if root / args.source not in scripts:
         sys.exit(f"error: there is no script {args.source}")
     source = scripts[root / args.source]
-    if missing := set(args.names) - set(source):
+    wanted = {entry for blocks in scripts.values() for entry in blocks if {entry, entry.split(".")[0]} & {*args.names}}
+    if missing := set(args.names) - {name for entry in source for name in (entry, entry.split(".")[0])}:
         sys.exit(f"error: {args.source} does not define {', '.join(sorted(missing))}")
     different = 0
     # blocks that the source does not have are compared with the first script that has them
     right = {name: text for blocks in [source, *scripts.values()][::-1] for name, text in blocks.items()}
     for path, blocks in scripts.items():
         for name, text in blocks.items():
-            if text == right[name] or name in DIFFER or (args.names and name not in args.names):
+            if text == right[name] or (args.names and name not in wanted):
                 continue
             different += 1
             print(f"{path.name}: {name} {'is now' if args.fix else 'is not'} as elsewhere")

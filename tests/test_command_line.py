@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from test_overlay import read_video
 
-from dqn_atari import DQN, Args, train
+from dqn_atari import Agent, Args, train
 
 SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1"
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
@@ -218,7 +218,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
 
 def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     """The parameters become nan at the 20th update: the checkpoint due after it is not written over the good one."""
-    updates, update = [], DQN.update
+    updates, update = [], Agent.update
 
     def diverge(self, *batch):
         update(self, *batch)
@@ -226,7 +226,7 @@ def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypa
         if len(updates) == 20:
             self.q_network.head.bias.data.fill_(float("nan"))
 
-    monkeypatch.setattr(DQN, "update", diverge)
+    monkeypatch.setattr(Agent, "update", diverge)
     args = Args(env_id="Breakout", num_envs=4, num_workers=0, learning_starts=400, buffer_size=1000)
     args.precision = "float32"
     args.total_timesteps, args.checkpoint_frequency, args.wandb_mode = 3000, 450, "disabled"

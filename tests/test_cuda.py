@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_learner import random_batch
 
-from dqn_atari import DQN, SIZE, Args, CudaGraph, Replay, find_replay_device
+from dqn_atari import SIZE, Agent, Args, CudaGraph, Replay, find_replay_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -20,8 +20,8 @@ def device():
 def test_captured_update_equals_plain_update(device, precision):
     """100 updates on the same batches: the parameters agree within float32 rounding, and the losses too."""
     torch.manual_seed(0)
-    plain = DQN(Args(precision=precision), 4, device)
-    captured = DQN(Args(precision=precision), 4, device)
+    plain = Agent(Args(precision=precision), 4, device)
+    captured = Agent(Args(precision=precision), 4, device)
     captured.load_state_dict(copy.deepcopy(plain.state_dict()))
     update = CudaGraph(captured.update)
     batch = [x.to(device) for x in random_batch(num_actions=4)]
@@ -56,7 +56,7 @@ def test_captured_sampling_sees_the_replay_grow(device):
 
 
 def test_captured_acting_follows_epsilon(device):
-    agent = DQN(Args(precision="float32"), 4, device)
+    agent = Agent(Args(precision="float32"), 4, device)
     observations = random_batch(200)[0].to(device)
     act, epsilon = CudaGraph(agent.act), torch.zeros((), device=device)
     greedy = agent.q_network(observations).argmax(1)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import dqn_atari
-from dqn_atari import DQN, SIZE, STACK, Args, QNetwork, Replay, linear_schedule
+from dqn_atari import SIZE, STACK, Agent, Args, QNetwork, Replay, linear_schedule
 
 CPU = torch.device("cpu")
 
 
 def make_agent(num_actions=2, **flags):
     torch.manual_seed(0)
-    return DQN(Args(**({"precision": "float32"} | flags)), num_actions, CPU)
+    return Agent(Args(**({"precision": "float32"} | flags)), num_actions, CPU)
 
 
 def random_batch(size=32, num_actions=2):
@@ -125,15 +125,15 @@ def test_update_leaves_the_target_network_alone():
 def test_updates_and_target_copies_come_in_time(monkeypatch, tmp_path, num_envs, train_frequency, copy_frequency):
     """The sequence of both, counted in steps as the serial algorithm counts them."""
     events = []
-    monkeypatch.setattr(DQN, "update", lambda self, *batch: events.append("update"))
+    monkeypatch.setattr(Agent, "update", lambda self, *batch: events.append("update"))
     monkeypatch.setattr(dqn_atari, "evaluate", lambda *arguments, **flags: None)
-    original = DQN.__init__
+    original = Agent.__init__
 
     def init(self, *arguments):
         original(self, *arguments)
         self.update_target = lambda: events.append("target")
 
-    monkeypatch.setattr(DQN, "__init__", init)
+    monkeypatch.setattr(Agent, "__init__", init)
     args = Args(env_id="Pong", num_envs=num_envs, train_frequency=train_frequency, batch_size=8, precision="float32")
     args.target_network_frequency, args.total_timesteps, args.learning_starts = copy_frequency, 300, 101
     args.buffer_size, args.wandb_mode, args.num_workers = 400, "disabled", 0

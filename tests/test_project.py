@@ -21,22 +21,37 @@ def test_shared_blocks_are_the_same():
     assert check_copies.main([]) == 0
 
 
-def test_check_copies_finds_and_fixes(tmp_path, capsys):
+def test_check_copies_finds_and_fixes(tmp_path, capsys, monkeypatch):
+    """Whole definitions and members that differ are named in the order in which they stand, and copied."""
+    monkeypatch.setattr(check_copies, "OWN", {"c51_atari.py": {"ALGORITHM", "Agent.update"}})
+    monkeypatch.setattr(check_copies, "BY_MEMBER", {"Agent", "Args"})
     template, other = tmp_path / "dqn_atari.py", tmp_path / "c51_atari.py"
     shutil.copy(ROOT / "dqn_atari.py", template)
-    changed = template.read_text().replace("class Replay:", "class Replay:\n    # changed", 1)
-    changed = changed.replace("STACK = 4 ", "STACK = 5 ", 1).replace('ALGORITHM = "DQN"', 'ALGORITHM = "C51"', 1)
-    other.write_text(changed + "\n\ndef projection():\n    pass\n")
-    assert check_copies.main([], tmp_path) == 1  # named in the order in which they stand
-    assert capsys.readouterr().out.split("\n")[:-1] == [
-        "c51_atari.py: STACK is not as elsewhere",
-        "c51_atari.py: Replay is not as elsewhere",
-    ]
+    own = template.read_text()
+    own = own.replace('ALGORITHM = "DQN"', 'ALGORITHM = "C51"', 1)
+    own = own.replace("td_target = returns", "td_target = 2 * returns", 1)
+    own += "\n\ndef projection():\n    pass\n"
+    changed = own
+    for old, drifted in (
+        ("STACK = 4 ", "STACK = 5 "),
+        ("class Replay:", "class Replay:\n    # changed"),
+        ('"""discount factor"""', '"""discount"""'),
+        ("torch.where(explore,", "torch.where(~explore,"),
+    ):
+        assert old in changed
+        changed = changed.replace(old, drifted, 1)
+    other.write_text(changed)
+    assert check_copies.main([], tmp_path) == 1
+    names = ["Args.gamma", "STACK", "Replay", "Agent.act"]
+    lines = [f"c51_atari.py: {name} is not as elsewhere" for name in names]
+    assert capsys.readouterr().out.splitlines() == lines
     check_copies.main(["--fix", "Replay"], tmp_path)
     assert "# changed" not in other.read_text() and "STACK = 5 " in other.read_text()
+    check_copies.main(["--fix", "Agent"], tmp_path)
+    assert "torch.where(explore," in other.read_text() and "2 * returns" in other.read_text()
     assert check_copies.main(["--fix"], tmp_path) == 0
     assert check_copies.main([], tmp_path) == 0
-    assert other.read_text() == template.read_text().replace('"DQN"', '"C51"', 1) + "\n\ndef projection():\n    pass\n"
+    assert other.read_text() == own
     with pytest.raises(SystemExit, match="does not define Nothing"):
         check_copies.main(["--fix", "Nothing"], tmp_path)
 

@@ -60,10 +60,7 @@ def test_samples_equal_full_transitions(num_envs, n_step):
         stored = step + 1
         first = max(0, stored - rows + HISTORY)
         valid = {
-            (i, t)
-            for i in range(num_envs)
-            for t in range(first, stored - n_step)
-            if naive[i].transition(t) is not None
+            (i, t) for i in range(num_envs) for t in range(first, stored - n_step) if naive[i].transition(t) is not None
         }
         drawn = set()
         for _ in range(40 * num_envs):

@@ -25,7 +25,7 @@ def test_equals_environments_one_by_one(num_workers):
     observations = vector.reset(10)
     for i, env in enumerate(singles):
         np.testing.assert_array_equal(observations[i], env.reset(seed=10 + i)[0])
-    rng, ended = np.random.default_rng(0), 0
+    rng, ended, truncations = np.random.default_rng(0), 0, 0
     for _ in range(300):
         actions = rng.integers(4, size=3)
         vector.send(actions)
@@ -34,13 +34,16 @@ def test_equals_environments_one_by_one(num_workers):
         for i, env in enumerate(singles):
             observation, reward, end, cut, info = env.step(int(actions[i]))
             assert (rewards[i], terminated[i], truncated[i]) == (reward, end, cut)
+            if cut:
+                np.testing.assert_array_equal(vector.arrays["final_observations"][i], observation)
+                truncations += 1
             if end or cut:
                 observation, _ = env.reset()
             np.testing.assert_array_equal(observations[i], observation)
-            expected_games += [info["episode"]] if info else []
+            expected_games += [info["episode"] | {"env": i}] if info else []
         assert games == expected_games
         ended += len(games)
-    assert ended >= 3
+    assert ended >= 3 and truncations
     vector.close()
 
 

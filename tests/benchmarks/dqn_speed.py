@@ -176,7 +176,7 @@ def print_parts(calls: int, rounds: int) -> None:
     parts["learner: sample 32"] = (graph(partial(replay.sample, args.batch_size)), 2)
     for precision in ("float32", "bfloat16"):
         args.precision = precision
-        agent, batch = dqn_atari.DQN(args, envs.num_actions, device), replay.sample(args.batch_size)
+        agent, batch = dqn_atari.Agent(args, envs.num_actions, device), replay.sample(args.batch_size)
         parts[f"learner: act for 8, {precision}"] = (partial(graph(agent.act), observations, epsilon), 1)
         parts[f"learner: update, {precision}"] = (partial(graph(agent.update), *batch), 2)
     for function, _ in parts.values():
