@@ -154,7 +154,7 @@ def check_args(args: Args) -> None:
     ranges["eval_frequency checkpoint_frequency learning_starts"] = (0, math.inf)
     ranges["video_length eval_episodes total_timesteps num_envs max_episode_frames"] = (1, math.inf)
     ranges["buffer_size n_step batch_size target_network_frequency train_frequency"] = (1, math.inf)
-    ranges["n_atoms"], ranges["v_min v_max"] = (2, math.inf), (-1e6, 1e6)
+    ranges["n_atoms"], ranges["v_min v_max"] = (2, math.inf), (-1e5, 1e5)
     for names, (low, high) in ranges.items():
         for name in names.split():
             value = getattr(args, name)
@@ -704,7 +704,7 @@ class Agent:
         """
         probabilities = self.q_network(observation[None])[0].softmax(1).cpu().numpy()
         support = self.q_network.support.cpu().numpy()
-        return (support, probabilities), int((probabilities @ support).argmax())
+        return (support, probabilities), int((probabilities * support).sum(1).argmax())
 
     def update(self, *batch: torch.Tensor) -> None:
         """One step on the cross entropy between the projected targets of a ``Batch`` and the network's distributions.
@@ -845,7 +845,7 @@ class Overlay(gym.Wrapper):
         They are the support (float [atoms]) and the probabilities of its returns (float [actions, atoms]).
         """
         self.support, self.probabilities = thoughts
-        self.q_values = self.probabilities @ self.support
+        self.q_values = (self.probabilities * self.support).sum(1)
         self.action, self.greedy = action, int(np.argmax(self.q_values))
         self.values.append(float(self.q_values.max()))
         self.rewards.append(self.env.episode_return - self.last_return)
@@ -866,41 +866,46 @@ class Overlay(gym.Wrapper):
         return self.canvas
 
     def draw_distributions(self, top: int, bottom: int) -> None:
-        """One histogram of the return an action, all to one scale and over the returns that are likely for any."""
+        """One histogram an action, its mean marked, all on one scale and on the part of the support that has mass."""
         self.text("return distribution Z(s, a)", self.LEFT, top - 14, QUIET, 14)
         self.text("mean = Q(s, a)", self.RIGHT, top - 14, QUIET, 14, right=True)
-        probabilities = np.nan_to_num(self.probabilities)
-        mass = probabilities.cumsum(1)  # 0.1 % of each action's may lie outside of what is shown, half on either side
-        first = max((mass > 0.0005).argmax(1).min() - 1, 0)
-        last = min((mass > 0.9995).argmax(1).max() + 1, len(self.support) - 1)
-        shown, probabilities = self.support[first : last + 1], probabilities[:, first : last + 1]
+        probabilities, atoms = np.nan_to_num(self.probabilities), len(self.support)
+        below = probabilities.cumsum(1)  # at most 0.1 % of an action's mass is not shown, half of it on either side
+        first = max((below > 0.0005).argmax(1).min() - 1, 0)
+        last = min((below < 0.9995).sum(1).max() + 1, atoms - 1)
+        spacing = float(self.support[-1] - self.support[0]) / (atoms - 1)
+        low, high = self.support[0] + (first - 0.5) * spacing, self.support[0] + (last + 0.5) * spacing
         pitch = (bottom - top) // len(probabilities)
+        bottom = top + pitch * len(probabilities)
         size = min(15, pitch - 4)
         left, width = self.LEFT + 130, 220
-        bar_width = width / len(shown)
 
-        def place(value):
-            """Where a return lies: the middle of its bar."""
-            return left + round(bar_width * (0.5 + (value - shown[0]) / (shown[1] - shown[0])))
+        def place(value: float) -> int:
+            return left + round(width * (value - low) / (high - low))
 
-        sides = (left + bar_width * np.arange(len(shown) + 1)).round().repeat(2)
-        heights = (pitch - 6) * probabilities / max(probabilities.max(), 1e-12)
+        power = 10 ** math.floor(math.log10((high - low) / 5))
+        step = next(factor * power for factor in (1, 2, 5, 10) if high - low <= 5 * factor * power)
+        self.text("future return", self.LEFT, bottom + 16, QUIET, 14)
+        for i in range(math.ceil(low / step), math.floor(high / step) + 1):
+            x, label = place(i * step), f"{i * step:g}"
+            cv2.line(self.canvas, (x, top), (x, bottom), GRID, 1)
+            self.text(label, x - 4 * len(label), bottom + 16, QUIET, 14)
+
+        shown = probabilities[:, first : last + 1]
+        heights = (shown / max(shown.max(), 1e-12) * (pitch - 6)).round().repeat(2, axis=1)
+        sides = np.linspace(left, left + width, last - first + 2).round().repeat(2)
         for i, (name, value) in enumerate(zip(self.env.action_names, self.q_values.tolist())):
-            y = top + (i + 1) * pitch - 3
+            y = top + (i + 1) * pitch - 3  # the foot of the bars
             greedy = i == self.greedy
-            outline = np.stack([sides, y - np.pad(heights[i].round().repeat(2), 1)], 1).astype(np.int32)
+            outline = np.stack([sides, y - np.pad(heights[i], 1)], 1).astype(np.int32)
             cv2.fillPoly(self.canvas, [outline], GREEDY if greedy else BAR)
             if math.isfinite(value):
-                x = place(value)
-                cv2.rectangle(self.canvas, (x, y - pitch + 6), (x + 1, y), TEXT, -1)
+                cv2.rectangle(self.canvas, (place(value), y - pitch + 6), (place(value) + 1, y), TEXT, -1)
             if i == self.action:
                 cv2.rectangle(self.canvas, (left - 4, y - pitch + 3), (left + width + 4, y + 2), CHOSEN, 2)
             bold, color = (600, TEXT) if i == self.action or greedy else (400, QUIET)
             self.text(name, self.LEFT, y - (pitch - size) // 2 + 1, color, size, bold)
             self.text(number(value), self.RIGHT, y - (pitch - size) // 2 + 1, color, size, bold, right=True)
-        self.text("return", self.LEFT, bottom + 14, QUIET, 14)
-        for value in (shown[0], shown[-1]):
-            self.text(f"{value:.3g}", place(value), bottom + 14, QUIET, 14)
 
     def draw_trace(self, top: int, bottom: int) -> None:
         """V(s) over the last seconds; a green line where a reward came, a red one where a penalty came."""
