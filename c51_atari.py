@@ -832,6 +832,7 @@ class Overlay(gym.Wrapper):
     def new_game(self) -> None:
         self.values = deque(maxlen=TRACE_STEPS)  # V(s) of the last states
         self.rewards = deque(maxlen=TRACE_STEPS)  # reward before each of them
+        self.ranges = deque(maxlen=TRACE_STEPS)  # first and last of their atoms that are worth showing
         self.last_return = 0.0
 
     def reset(self, **kwargs):
@@ -844,8 +845,11 @@ class Overlay(gym.Wrapper):
 
         They are the support (float [atoms]) and the probabilities of its returns (float [actions, atoms]).
         """
-        self.support, self.probabilities = thoughts
-        self.q_values = (self.probabilities * self.support).sum(1)
+        self.support, probabilities = thoughts
+        self.q_values = (probabilities * self.support).sum(1)
+        self.probabilities = np.nan_to_num(probabilities)
+        seen = (self.probabilities >= 0.01 * self.probabilities.max()).any(0).nonzero()[0]  # not hair-thin lines
+        self.ranges.append((seen[0], seen[-1]))
         self.action, self.greedy = action, int(np.argmax(self.q_values))
         self.values.append(float(self.q_values.max()))
         self.rewards.append(self.env.episode_return - self.last_return)
@@ -866,22 +870,21 @@ class Overlay(gym.Wrapper):
         return self.canvas
 
     def draw_distributions(self, top: int, bottom: int) -> None:
-        """One histogram an action, its mean marked, all on one scale and on the part of the support that has mass."""
+        """One histogram an action, its mean marked, all on one scale and on the part of the support in use lately."""
         self.text("return distribution Z(s, a)", self.LEFT, top - 14, QUIET, 14)
         self.text("mean = Q(s, a)", self.RIGHT, top - 14, QUIET, 14, right=True)
-        probabilities, atoms = np.nan_to_num(self.probabilities), len(self.support)
-        below = probabilities.cumsum(1)  # at most 0.1 % of an action's mass is not shown, half of it on either side
-        first = max((below > 0.0005).argmax(1).min() - 1, 0)
-        last = min((below < 0.9995).sum(1).max() + 1, atoms - 1)
-        spacing = float(self.support[-1] - self.support[0]) / (atoms - 1)
-        low, high = self.support[0] + (first - 0.5) * spacing, self.support[0] + (last + 0.5) * spacing
+        first = max(min(first for first, _ in self.ranges) - 1, 0)
+        last = min(max(last for _, last in self.ranges) + 1, len(self.support) - 1)
+        probabilities = self.probabilities[:, first : last + 1]
+        half = (self.support[1] - self.support[0]) / 2
+        low, high = float(self.support[first] - half), float(self.support[last] + half)
         pitch = (bottom - top) // len(probabilities)
         bottom = top + pitch * len(probabilities)
         size = min(15, pitch - 4)
         left, width = self.LEFT + 130, 220
 
         def place(value: float) -> int:
-            return left + round(width * (value - low) / (high - low))
+            return left + round(width * (min(max(value, low), high) - low) / (high - low))
 
         power = 10 ** math.floor(math.log10((high - low) / 5))
         step = next(factor * power for factor in (1, 2, 5, 10) if high - low <= 5 * factor * power)
@@ -891,8 +894,7 @@ class Overlay(gym.Wrapper):
             cv2.line(self.canvas, (x, top), (x, bottom), GRID, 1)
             self.text(label, x - 4 * len(label), bottom + 16, QUIET, 14)
 
-        shown = probabilities[:, first : last + 1]
-        heights = (shown / max(shown.max(), 1e-12) * (pitch - 6)).round().repeat(2, axis=1)
+        heights = (probabilities / (probabilities.max() or 1.0) * (pitch - 6)).round().repeat(2, axis=1)
         sides = np.linspace(left, left + width, last - first + 2).round().repeat(2)
         for i, (name, value) in enumerate(zip(self.env.action_names, self.q_values.tolist())):
             y = top + (i + 1) * pitch - 3  # the foot of the bars

@@ -20,7 +20,8 @@ TEMPLATE = "dqn_atari.py"
 # What each script has of its own: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
     "c51_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork Args.learning_rate Args.target_network_frequency"
-    " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render",
+    " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
+    " Overlay.render",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}

@@ -371,12 +371,10 @@ def make_distributions(num_actions, support, center, spread, seed=0) -> np.ndarr
 
 
 def shown_atoms(probabilities) -> range:
-    """The atoms but those in which, summed up from an end, every action has less than 0.05 % of its mass; one more."""
-    first, last = len(probabilities[0]), 0
-    for row in probabilities.astype(float):
-        first = min(first, next(i for i in range(len(row)) if row[: i + 1].sum() > 0.0005))
-        last = max(last, next(i for i in range(len(row)) if row[: i + 1].sum() >= 0.9995))
-    return range(max(first - 1, 0), min(last + 1, len(row) - 1) + 1)
+    """From the first atom to the last one to which an action gives 1 % of the highest probability, and one more."""
+    highest = max(max(row) for row in probabilities.tolist())
+    likely = [k for k, column in enumerate(probabilities.T.tolist()) if max(column) >= 0.01 * highest]
+    return range(max(likely[0] - 1, 0), min(likely[-1] + 1, len(probabilities[0]) - 1) + 1)
 
 
 def matches(picture, color) -> np.ndarray:
@@ -444,11 +442,13 @@ def test_distributions_that_say_nothing_are_drawn(num_actions):
     env.think((support, np.full((num_actions, 51), 1 / 51, np.float32)), 1)
     assert matches(env.render()[row], GREEDY)[:, 634:855].mean() > 0.95
     for atom in (0, 25, 50):
+        env.new_game()
         env.think((support, np.tile(np.eye(51, dtype=np.float32)[atom], (num_actions, 1))), 1)
         full = matches(env.render()[row], GREEDY)[:, 634:855].all(0)
         assert full.sum() == pytest.approx(220 / (3 if atom == 25 else 2), abs=4)
     probabilities = make_distributions(num_actions, support, 0, 1)
     probabilities[1] = np.nan
+    env.new_game()
     env.think((support, probabilities), 0)
     picture = env.render()
     assert ("nan", 936) in [(text, x) for text, x, _ in env.texts]
@@ -457,6 +457,26 @@ def test_distributions_that_say_nothing_are_drawn(num_actions):
     env.render()
     assert [text for text, _, y in env.texts if y == 104 + 310 // num_actions * num_actions + 16] == [
         "future return", "-10", "-5", "0", "5", "10"]  # fmt: skip
+
+
+def test_axis_is_steady():
+    """It spans what was likely in the last 150 states of this game, so that it does not jump from frame to frame."""
+    env, support = make_overlay(3), np.linspace(-10, 10, 51, dtype=np.float32)
+
+    def labels(center):
+        env.think((support, make_distributions(3, support, center, 0.3)), 0)
+        env.render()
+        return [float(text) for text, _, y in env.texts if y == 104 + 309 + 16 and text != "future return"]
+
+    assert min(labels(0)) > -2
+    assert min(labels(-8)) == -5
+    for _ in range(149):
+        assert min(labels(0)) == -5
+    assert min(labels(0)) > -2
+    labels(-8)
+    env.env.game_ended = True
+    env.reset()
+    assert min(labels(0)) > -2
 
 
 def test_chosen_and_exploring_are_marked():
