@@ -26,8 +26,8 @@ def start(folder: Path, flags: str, script="dqn_atari.py", **options) -> subproc
     return subprocess.Popen(command, cwd=folder, **options)
 
 
-def run(folder: Path, flags: str, **options) -> subprocess.CompletedProcess:
-    process = start(folder, flags, **options)
+def run(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.CompletedProcess:
+    process = start(folder, flags, script, **options)
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
 
