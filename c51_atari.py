@@ -51,8 +51,8 @@ from torch import nn
 from tqdm import tqdm
 
 ALGORITHM = "C51"  # written into checkpoints: those of another algorithm are refused
-METRICS = ("cross_entropy", "q_values", "greedy_mean", "greedy_std", "mass_at_v_min", "mass_at_v_max")
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
+METRICS = ("cross_entropy", "q_values", "greedy_mean", "greedy_std", "mass_at_v_min", "mass_at_v_max")  # in losses/
 FIXED_FLAGS = ("env_id", "num_envs", "buffer_size", "n_step", "full_action_space", "precision")  # on --resume
 FIXED_FLAGS += ("n_atoms", "v_min", "v_max")
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
