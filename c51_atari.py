@@ -558,6 +558,8 @@ class Replay:
     part of its frames overwritten, and one whose n-step return runs into a truncation.
     """
 
+    ARRAYS = ("frames", "actions", "rewards", "ends")
+
     def __init__(self, capacity: int, num_envs: int, n_step: int, gamma: float, device: torch.device):
         self.rows, self.num_envs = capacity // num_envs, num_envs
         self.n_step, self.gamma, self.device = n_step, gamma, device
@@ -621,12 +623,12 @@ class Replay:
     def state_dict(self) -> dict:
         """The filled part of the arrays; on the CPU these are views, not copies."""
         filled = min(self.num_steps, self.rows)
-        arrays = {name: getattr(self, name)[:filled].cpu() for name in ("frames", "actions", "rewards", "ends")}
+        arrays = {name: getattr(self, name)[:filled].cpu() for name in self.ARRAYS}
         # torch.save writes whole storages: through numpy, the slice is one of its own
         return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()} | {"num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in ("frames", "actions", "rewards", "ends"):
+        for name in self.ARRAYS:
             getattr(self, name)[: len(state[name])] = state[name].to(self.device)
         self.num_steps = state["num_steps"]
         self.num_steps_on_device.fill_(self.num_steps)
