@@ -21,6 +21,7 @@ TEMPLATE = "dqn_atari.py"
 OWN = {
     "c51_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork Args.learning_rate Args.target_network_frequency"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render",
+    "dqn_atari_visual.py": "check_args Overlay evaluate",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}
