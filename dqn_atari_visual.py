@@ -898,8 +898,8 @@ class Game:
             screen = (screen + heat * (np.array(HEAT) - screen)).astype(np.uint8)
             q_value = f"Q(s, {state.env.action_names[state.greedy]})"
             caption = {
-                "gradient": f"slope of {q_value}, up to {peak:.1e} a gray level",
-                "perturbation": f"where blurring moves {q_value}, by up to {number((2 * peak) ** 0.5)}",
+                "gradient": f"slope of {q_value}, up to {peak:.2g} a gray level",
+                "perturbation": f"where blurring moves {q_value}, by up to {(2 * peak) ** 0.5:.2g}",
             }[state.args.saliency]
             canvas.text(caption, box.left + 20, box.bottom - 13, HEAT, 15)
         canvas.image(box._replace(bottom=box.bottom - 90), screen)
@@ -968,7 +968,7 @@ class History:
         x = x_axis(box, len(state.steps)).round().astype(int).tolist()
         for at, step in zip(x, state.steps):
             if step.life_lost:
-                cv2.line(canvas.picture, (at, box.top), (at, box.bottom), LIFE, 3)
+                cv2.rectangle(canvas.picture, (at - 1, box.top), (at + 1, box.bottom), LIFE, -1)
             if step.reward:
                 color = GAIN if step.reward > 0 else LOSS
                 cv2.line(canvas.picture, (at, box.top), (at, box.bottom), color, 1)
@@ -1072,7 +1072,8 @@ class Overlay(gym.Wrapper):
 
     def new_game(self) -> None:
         self.steps = deque(maxlen=TRACE_STEPS)
-        self.last_return = self.clipped_return = 0.0
+        self.last_return = self.clipped_return = self.reward = 0.0
+        self.terminated = False
 
     def reset(self, **kwargs):
         if self.env.game_ended:
