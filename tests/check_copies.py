@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "dqn_atari.py"
 # What each script has of its own: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
-    "c51_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork Args.learning_rate Args.target_network_frequency"
-    " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render",
+    "c51_atari.py": "ALGORITHM check_args QNetwork Args.learning_rate Args.target_network_frequency"
+    " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
+    " Overlay.render",
     "dqn_atari_visual.py": "check_args Overlay evaluate",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
@@ -37,7 +38,8 @@ def definitions(source: str, inside: str = "") -> dict[str, str]:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             found[node.name] = "".join(lines[first - 1 : node.end_lineno])
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            last = following if isinstance(following, ast.Expr) else node  # a flag's docstring follows it
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            last = following if documented else node  # a flag's docstring follows it
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for name in [name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]:
                 found[name.id] = "".join(lines[node.lineno - 1 : last.end_lineno])

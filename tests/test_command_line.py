@@ -20,14 +20,14 @@ SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
-def start(folder: Path, flags: str, **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "dqn_atari.py"), *flags.split()]
+def start(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / script), *flags.split()]
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     return subprocess.Popen(command, cwd=folder, **options)
 
 
-def run(folder: Path, flags: str, **options) -> subprocess.CompletedProcess:
-    process = start(folder, flags, **options)
+def run(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.CompletedProcess:
+    process = start(folder, flags, script, **options)
     stdout, stderr = process.communicate(timeout=300)
     return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
 

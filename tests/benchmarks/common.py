@@ -1,15 +1,20 @@
-"""What the benchmarks share: the line about the machine, rounds, ratios and a table."""
+"""What the benchmarks share: the line about the machine, a script's speed, rounds, ratios and a table."""
 
+import json
 import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 MISSING = 'not installed: pip install ".[bench]"'
 
 
@@ -21,6 +26,33 @@ def print_machine() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     print(f"{cpu}, {cores} cores{gpu}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n", flush=True)
+
+
+def run(command: list, folder: str | Path) -> str:
+    """Standard output of a command; ends the program with what it said if it fails."""
+    environment = os.environ | {"WANDB_SILENT": "true"}
+    result = subprocess.run(list(map(str, command)), cwd=folder, env=environment, text=True, capture_output=True)
+    if result.returncode:
+        sys.exit(f"error: {' '.join(map(str, command))} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def script_speed(script: str, flags: str, first_step: int, steps: int) -> float:
+    """Agent steps per second of a script on Breakout, started as from the shell, in the ``steps`` after ``first_step``.
+
+    The mean of its charts/SPS, read from the W&B file; both numbers are multiples of the script's LOG_FREQUENCY.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags += f" --env-id Breakout --total-timesteps {first_step + steps} --eval-episodes 1 --eval-frequency 0"
+        flags += " --no-capture-video --checkpoint-frequency 0 --wandb-mode offline"
+        run([sys.executable, ROOT / script, *flags.split()], folder)
+        (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
+        lines = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", file], folder).splitlines()
+    records = [json.loads(line).get("history", {}).get("item", {}) for line in lines]
+    # each is the mean over the steps since the one before it, so that the mean over all is the harmonic one
+    return statistics.harmonic_mean(
+        [record["charts/SPS"] for record in records if "charts/SPS" in record and record["global_step"] > first_step]
+    )
 
 
 def play_rounds(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

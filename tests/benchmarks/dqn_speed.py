@@ -15,21 +15,16 @@ Then the parts of a step of dqn_atari.py: 8 games advance by one while the learn
 
 import argparse
 import importlib.util
-import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from common import MISSING, median_ratio, play_rounds, print_machine, print_table
+from common import MISSING, ROOT, median_ratio, play_rounds, print_machine, print_table, run, script_speed
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import dqn_atari  # noqa: E402
 
@@ -37,31 +32,12 @@ LEARNING_STARTS, BUFFER_SIZE = 1600, 20_000
 FIRST_STEP = 2000  # the clock starts here: the first updates, which are slower, are over
 
 
-def run(command: list, folder: str | Path) -> str:
-    """Standard output of a command; ends the program with what it said if it fails."""
-    environment = os.environ | {"WANDB_SILENT": "true"}
-    result = subprocess.run(list(map(str, command)), cwd=folder, env=environment, text=True, capture_output=True)
-    if result.returncode:
-        sys.exit(f"error: {' '.join(map(str, command))} failed:\n{result.stdout}{result.stderr}")
-    return result.stdout
-
-
 # ------------------------------------------------------------------------------------- contestants: steps per second
 
 
 def ours(precision: str, steps: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"--env-id Breakout --precision {precision} --total-timesteps {FIRST_STEP + steps}"
-        flags += f" --learning-starts {LEARNING_STARTS} --buffer-size {BUFFER_SIZE} --checkpoint-frequency 0"
-        flags += " --eval-frequency 0 --eval-episodes 1 --no-capture-video --wandb-mode offline --run-dir runs"
-        run([sys.executable, ROOT / "dqn_atari.py", *flags.split()], folder)
-        (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
-        lines = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", file], folder).splitlines()
-    records = [json.loads(line).get("history", {}).get("item", {}) for line in lines]
-    # each is the mean over the 1,000 steps before it, so that the mean over all is the harmonic one
-    return statistics.harmonic_mean(
-        [record["charts/SPS"] for record in records if "charts/SPS" in record and record["global_step"] > FIRST_STEP]
-    )
+    flags = f"--precision {precision} --learning-starts {LEARNING_STARTS} --buffer-size {BUFFER_SIZE}"
+    return script_speed("dqn_atari.py", flags, FIRST_STEP, steps)
 
 
 def sb3(num_envs: int, kind: str, steps: int) -> float:

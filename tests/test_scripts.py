@@ -1,0 +1,104 @@
+"""What every script does alike, from the shell on a real game; test_command_line.py looks closer at the template."""
+
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_command_line import NO_EXTRAS, SHORT, assert_group_is_gone, run, run_folder, start, wait_for, wandb_records
+from test_overlay import read_video
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py") if path.name != "dqn_atari.py")
+PPO = {"--learning-starts 400 --buffer-size 1000": "--num-steps 100 --num-minibatches 2 --update-epochs 2"}
+
+
+def adapt(flags: str, script: str) -> str:
+    """The template's flags with those of the replay exchanged for those of the rollout where there is one."""
+    for old, new in PPO.items() if script == "ppo_atari.py" else ():
+        assert old in flags
+        flags = flags.replace(old, new)
+    return flags
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def recorded(request, tmp_path_factory):
+    """One run with everything on, evaluated twice: the script, its folder, what it printed."""
+    folder = tmp_path_factory.mktemp("recorded")
+    flags = SHORT + " --total-timesteps 2400 --eval-frequency 1200 --checkpoint-frequency 1200 --seed 3"
+    result = run(folder, adapt(flags, request.param), request.param)
+    assert result.returncode == 0, result.stderr
+    return request.param, folder, result
+
+
+def test_run_is_complete(recorded):
+    """Its files; the W&B record with code, model, charts, losses, evaluations and videos; each video decodes."""
+    script, folder, result = recorded
+    files = run_folder(folder)
+    assert files.name.startswith(f"Breakout__{script[:-3]}__3__")
+    names = {str(path.relative_to(files)) for path in files.rglob("*") if path.is_file()}
+    assert names >= {"checkpoint.pt", "model.pt", "videos/0000001200.mp4", "videos/0000002400.mp4"}
+    assert "step 2,400: return" in result.stdout and "Traceback" not in result.stderr
+
+    records = wandb_records(folder)
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert all("global_step" in item for item in history)
+    logged = {key.split(".")[0] for item in history for key in item}
+    charts = {"episodic_return", "episodic_length", "unique_frames", "SPS", "learning_rate"}
+    evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "unique_frames"}
+    wanted = {f"charts/{name}" for name in charts} | {f"eval/{name}" for name in evaluation}
+    assert wanted | {"videos/eval", "images/eval"} <= logged
+    losses = [value for item in history for key, value in item.items() if key.startswith("losses/")]
+    assert losses and all(float(value) == pytest.approx(float(value)) for value in losses)  # none is nan
+    artifacts = {record["artifact"]["type"]: record["artifact"] for record in records if record["type"] == "artifact"}
+    assert [entry["path"] for entry in artifacts["model"]["manifest"]["contents"]] == ["model.pt"]
+    assert [entry["path"] for entry in artifacts["code"]["manifest"]["contents"]] == [script]
+
+    meta, frames = read_video(files / "videos" / "0000002400.mp4")
+    length = [item["eval/episodic_length"] for item in history if "eval/episodic_length" in item][-1]
+    assert min(meta["size"]) >= 630 and len(frames) == length - 5  # one a step, but for the FIRE of each life
+
+
+def test_evaluate_plays_the_model_again(recorded, tmp_path):
+    script, folder, result = recorded
+    flags = f"--evaluate {run_folder(folder) / 'model.pt'} --wandb-mode disabled --eval-episodes 1 --no-capture-video"
+    again = run(tmp_path, flags, script)
+    assert again.returncode == 0, again.stderr
+    line = "step 2,400: return"
+    assert [x for x in again.stdout.splitlines() if line in x] == [x for x in result.stdout.splitlines() if line in x]
+    assert not [path for path in run_folder(tmp_path).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "apex_dqn_atari.py"])
+def test_resumed_run_ends_bit_identical(script, tmp_path):
+    """Killed after the first checkpoint and resumed, a run ends as one that was left alone."""
+    flags = adapt(NO_EXTRAS + " --total-timesteps 2400 --checkpoint-frequency 800", script)
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    assert run(tmp_path / "whole", flags, script).returncode == 0
+    process = start(tmp_path / "killed", flags, script)
+    wait_for(lambda: list(tmp_path.glob("killed/runs/*/checkpoint.pt")), process)
+    time.sleep(0.3)
+    process.kill()
+    process.communicate()
+    assert_group_is_gone(process.pid)
+    result = run(tmp_path / "killed", f"--resume {run_folder(tmp_path / 'killed')}", script)
+    assert result.returncode == 0, result.stderr
+    whole, killed = ((run_folder(tmp_path / name) / "model.pt").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_errors_are_one_sentence(script, tmp_path):
+    foreign, text = tmp_path / "foreign.pt", tmp_path / "text.pt"
+    torch.save({"algorithm": "SARSA"}, foreign)
+    text.write_text("hello")
+    for flags, message in (
+        ("--env-id Breakot", "error: --env-id Breakot is no game here: did you mean Breakout"),
+        ("--gamma 1.5", "error: --gamma is 1.5: it must be between 0 and 1"),
+        (f"--resume {foreign}", "was written by SARSA, not by"),
+        (f"--evaluate {text}", "is damaged or no checkpoint"),
+        ("--device tpu", "error: --device tpu is"),
+    ):
+        result = run(tmp_path, flags + " --wandb-mode disabled", script)
+        assert result.returncode == 1 and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
