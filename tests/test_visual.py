@@ -4,15 +4,13 @@ import itertools
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from test_command_line import run, run_folder, wandb_records
 from test_learner import random_batch
 from test_overlay import read_video
 from torch import nn
@@ -258,7 +256,7 @@ def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
     record = lambda *inputs: calls.append(inputs) or np.ones((SIZE, SIZE), np.float32)  # noqa: E731
     monkeypatch.setitem(SALIENCY, "gradient", record)
     args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=160, video_length=15, saliency="gradient")
-    args.precision = "float32"
+    args.precision, args.eval_epsilon = "float32", 0.5  # the map is that of the greedy action, not of the one taken
     agent = Agent(args, 6, CPU)
     evaluate(args, agent, CPU, 0, tmp_path, None)
     assert len(calls) == 15
@@ -580,16 +578,11 @@ def test_video_of_the_canvas_is_the_canvas(tmp_path):
 # ------------------------------------------------------------------------------------------- from the shell
 
 
-def run(folder: Path, script: str, flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / script), *flags.split()]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+def play(folder: Path, script: str, flags: str) -> str:
+    """Standard output of a script that must succeed."""
+    result = run(folder, flags, script)
     assert result.returncode == 0, result.stderr
-    return result
-
-
-def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
+    return result.stdout
 
 
 # epsilon does not depend on the length of the run: one that is resumed can be compared with one that is not
@@ -601,33 +594,31 @@ FLAGS += " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode 
 def dqn_run(tmp_path_factory) -> Path:
     """The folder of a run of dqn_atari.py, 600 steps."""
     folder = tmp_path_factory.mktemp("dqn")
-    run(folder, "dqn_atari.py", FLAGS + " --total-timesteps 600")
-    return only(folder, "runs/*")
+    play(folder, "dqn_atari.py", FLAGS + " --total-timesteps 600")
+    return run_folder(folder)
 
 
 def test_models_and_checkpoints_of_dqn_play_here(dqn_run, tmp_path):
     """The same returns with the same seed; the flags that dqn_atari.py does not have take their defaults."""
     results = [
-        run(tmp_path, script, f"--evaluate {dqn_run / name} --eval-episodes 3 --seed 5")
+        play(tmp_path, script, f"--evaluate {dqn_run / name} --eval-episodes 3 --seed 5")
         for script, name in (("dqn_atari.py", "model.pt"), ("dqn_atari_visual.py", "model.pt"))
     ]
     # with video, saliency and W&B
     flags = f"--evaluate {dqn_run / 'checkpoint.pt'} --eval-episodes 3 --seed 5 --capture-video --video-length 40"
     flags += " --wandb-mode offline --panels game history --saliency gradient"
-    results.append(run(tmp_path, "dqn_atari_visual.py", flags))
-    returns = [re.findall("step 600: return .*", result.stdout) for result in results]
+    results.append(play(tmp_path, "dqn_atari_visual.py", flags))
+    returns = [re.findall("step 600: return .*", result) for result in results]
     assert len(returns[0]) == 1 and returns[0] == returns[1] == returns[2]
-    meta, frames = read_video(only(tmp_path, "runs/*/videos/*.mp4"))
+    (video,) = tmp_path.glob("runs/*/videos/*.mp4")
+    meta, frames = read_video(video)
     assert (meta["size"], len(frames)) == ((1280, 720), 40)
     check_wandb_record(tmp_path)
 
 
 def check_wandb_record(folder: Path) -> None:
     """What is logged beside what dqn_atari.py logs."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
-    command.append(str(only(folder, "wandb/offline-run-*/*.wandb")))
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    records = [json.loads(line) for line in lines]
+    records = wandb_records(folder)
     items = {key: value for r in records if r["type"] == "history" for key, value in r["history"]["item"].items()}
     assert {"eval/episodic_return", "eval/episodic_return_std", "eval/unique_frames"} <= set(items)
     assert items["eval/actions._type"] == items["eval/q_values._type"] == "histogram"
@@ -639,7 +630,8 @@ def check_wandb_record(folder: Path) -> None:
     assert (items["images/eval.width"], items["videos/eval._type"]) == (1280, "video-file")
     config = [r["run"]["config"]["update"] for r in records if r["type"] == "run"][0]
     assert (config["panels"], config["saliency"]) == (["game", "history"], "gradient")
-    table = json.loads(only(folder, "wandb/offline-run-*/files/media/table/eval/*.json").read_text())
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/eval/*.json")
+    table = json.loads(table.read_text())
     assert table["columns"] == ["return", "length", "unique_frames", "video"]
     assert sum(row[1] for row in table["data"]) == steps
     assert [row[3] is None for row in table["data"]] == [False, True, True]
@@ -650,11 +642,11 @@ def check_wandb_record(folder: Path) -> None:
 
 def test_run_of_dqn_goes_on_here_bit_identical(dqn_run, tmp_path):
     """600 steps there and 400 here, with evaluations, videos and saliency between them: the network of 1,000 there."""
-    run(tmp_path, "dqn_atari.py", FLAGS + " --total-timesteps 1000")
+    play(tmp_path, "dqn_atari.py", FLAGS + " --total-timesteps 1000")
     flags = f"--resume {dqn_run} --total-timesteps 1000 --eval-frequency 200 --capture-video --video-length 20"
-    run(tmp_path, "dqn_atari_visual.py", flags)
+    play(tmp_path, "dqn_atari_visual.py", flags)
     assert len(list((dqn_run / "videos").glob("*.mp4"))) == 2
-    folders = dqn_run, only(tmp_path, "runs/*")
+    folders = dqn_run, run_folder(tmp_path)
     ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in folders)
     assert ours["global_step"] == theirs["global_step"] == 1000
     for key, value in theirs["agent"]["q_network"].items():
