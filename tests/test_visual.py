@@ -1,0 +1,661 @@
+"""The visual laboratory: saliency maps, surprise, every panel read off its pixels, and models of dqn_atari.py."""
+
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_command_line import run, run_folder, wandb_records
+from test_learner import random_batch
+from test_overlay import read_video
+from torch import nn
+
+import dqn_atari_visual
+from dqn_atari_visual import (
+    BAR,
+    CHOSEN,
+    FONT,
+    GAIN,
+    GREEDY,
+    GROUND,
+    HEAT,
+    LIFE,
+    LOSS,
+    PANELS,
+    QUIET,
+    SALIENCY,
+    SIZE,
+    STACK,
+    TRACE_STEPS,
+    Agent,
+    Args,
+    Atari,
+    Box,
+    Canvas,
+    Overlay,
+    QNetwork,
+    Recorder,
+    check_args,
+    evaluate,
+    gradient_saliency,
+    perturbation_saliency,
+    x_axis,
+)
+
+CPU = torch.device("cpu")
+GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
+
+
+def make_overlay(num_actions=6, **flags) -> Overlay:
+    game, full = GAMES[num_actions]
+    args = Args(**({"env_id": game, "full_action_space": full} | flags))
+    env = Overlay(Atari(args), "dqn_atari_visual \u2022 trained 10,000,000 steps", args)
+    env.reset(seed=1)
+    assert env.action_space.n == num_actions
+    return env
+
+
+def is_color(picture: np.ndarray, color) -> np.ndarray:
+    return (picture == np.array(color, np.uint8)).all(-1)
+
+
+def inside(env: Overlay, name: str, title=30) -> tuple[np.ndarray, Box]:
+    """The picture of a panel without its title, and where it lies."""
+    box = env.boxes[name]
+    box = box._replace(top=box.top + title)
+    return env.render()[box.top : box.bottom + 1, box.left : box.right + 1].copy(), box
+
+
+# --------------------------------------------------------------------------------------------------- saliency
+
+
+class PatchNetwork(nn.Module):
+    """Action 0 looks at one patch of 12x12 pixels, action 1 at another, action 2 at nothing."""
+
+    PATCHES = ((20, 54), (60, 12))  # top, left
+
+    def __init__(self, frame=slice(None), dtype=torch.float32):
+        super().__init__()
+        self.frame, self.dtype = frame, dtype
+
+    def forward(self, observations):
+        x = observations.float()[:, self.frame]
+        # squares: blurring noise can only make them fewer
+        values = [
+            (x[:, :, top : top + 12, left : left + 12] / 255).square().mean((1, 2, 3)) for top, left in self.PATCHES
+        ]
+        return torch.stack([*values, torch.full_like(values[0], 3.0)], 1)
+
+
+def noise() -> torch.Tensor:
+    return torch.randint(0, 256, (STACK, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("frame", [slice(0, 1), slice(3, 4), slice(None)], ids=["oldest", "newest", "all"])
+@pytest.mark.parametrize("method", SALIENCY)
+def test_saliency_lights_up_the_patch_and_no_other(method, frame):
+    for action, (top, left) in enumerate(PatchNetwork.PATCHES):
+        saliency = SALIENCY[method](PatchNetwork(frame), noise(), action)
+        assert saliency.dtype == np.float32 and saliency.shape == (SIZE, SIZE)
+        patch = np.zeros((SIZE, SIZE), bool)
+        patch[top : top + 12, left : left + 12] = True
+        peak = np.unravel_index(saliency.argmax(), saliency.shape)
+        assert patch[peak]
+        # a blurred patch reaches over the edge: masks of sigma 5, one every 6 pixels
+        reach = 0 if method == "gradient" else 18
+        near = cv2.dilate(patch.astype(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1))).astype(bool)
+        assert saliency[~near].max() < 0.01 * saliency.max()
+        assert np.median(saliency[patch]) > 0.2 * saliency.max()
+    assert not SALIENCY[method](PatchNetwork(frame), noise(), 2).any()
+
+
+def test_gradient_saliency_is_the_gradient():
+    """Q = sum w x^2: the map is the largest |2 w x| of the four frames."""
+    weights = torch.randn(STACK, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    network = lambda x: (weights * x**2).sum((1, 2, 3))[:, None].expand(-1, 2)  # noqa: E731
+    expected = (2 * weights * noise()).abs().amax(0)
+    np.testing.assert_allclose(gradient_saliency(network, noise(), 1), expected.numpy(), rtol=1e-5)
+
+
+def test_perturbation_saliency_is_the_papers():
+    """Against a loop over patches in float64, with a network whose Q-values are no linear function of the pixels."""
+    torch.manual_seed(0)
+    network, observation, action = QNetwork(3), noise(), 2
+    double = QNetwork(3).double()
+    double.load_state_dict(network.state_dict())
+
+    def gaussian(center: float, sigma: float) -> np.ndarray:
+        return np.array([np.exp(-((x - center) ** 2) / (2 * sigma**2)) for x in range(SIZE)])
+
+    stack, blurred = observation.numpy().astype(float), np.zeros((STACK, SIZE, SIZE))
+    narrow = [gaussian(center, 3) for center in range(SIZE)]
+    for y, x in itertools.product(range(SIZE), repeat=2):
+        weights = np.outer(narrow[y], narrow[x])
+        blurred[:, y, x] = (stack * weights).sum((1, 2)) / weights.sum()
+    stacks = [stack]
+    for i, j in itertools.product(range(14), repeat=2):
+        mask = np.outer(gaussian(6 * i + 2.5, 5), gaussian(6 * j + 2.5, 5))
+        stacks.append(stack * (1 - mask) + blurred * mask)
+    with torch.no_grad():
+        q_values = double.head(double.trunk(torch.from_numpy(np.stack(stacks)) / 255))[:, action].numpy()
+    scores = np.array([0.5 * (q_values[0] - q_value) ** 2 for q_value in q_values[1:]]).reshape(14, 14)
+    saliency = perturbation_saliency(network, observation, action)
+    expected = cv2.resize(scores, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(saliency, expected, rtol=0.02, atol=0.002 * expected.max())
+    centers = (saliency[2::6, 2::6] + saliency[3::6, 3::6]) / 2  # around pixel 6 i + 2.5
+    assert np.unravel_index(centers.argmax(), (14, 14)) == np.unravel_index(scores.argmax(), (14, 14))
+
+
+@pytest.mark.parametrize("method", SALIENCY)
+def test_saliency_leaves_gradients_and_parameters_alone(method):
+    agent = Agent(Args(precision="bfloat16"), 4, CPU)
+    agent.update(*random_batch(num_actions=4))
+    before = [(x.clone(), x.grad.clone()) for x in agent.q_network.parameters()]
+    saliency = SALIENCY[method](agent.q_network, noise(), 1)
+    assert np.isfinite(saliency).all() and saliency.min() >= 0 and saliency.max() > 0
+    for (value, gradient), parameter in zip(before, agent.q_network.parameters()):
+        assert torch.equal(value, parameter) and torch.equal(gradient, parameter.grad)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("method", SALIENCY)
+def test_saliency_on_cuda_equals_the_cpu(method):
+    """The same map on both devices, also between the replays of a captured update."""
+    device = torch.device("cuda")
+    agent = Agent(Args(precision="float32"), 4, device)
+    update = dqn_atari_visual.CudaGraph(agent.update)
+    network = QNetwork(4)
+    for _ in range(6):
+        update(*(x.to(device) for x in random_batch(num_actions=4)))
+        network.load_state_dict(agent.q_network.state_dict())
+        ours, theirs = (
+            SALIENCY[method](net, noise().to(place), 1) for net, place in ((agent.q_network, device), (network, CPU))
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=0.05, atol=0.01 * theirs.max())
+
+
+# --------------------------------------------------------------------------------------------- what is noted
+
+
+@pytest.mark.parametrize("game, episodic_life", [("Breakout", True), ("Breakout", False), ("Seaquest", True)])
+def test_surprise_is_the_td_error(game, episodic_life):
+    """r + gamma (1 - terminated) max Q(s') - Q(s, a), with the clipped reward, over the end of a life."""
+    args = Args(env_id=game, episodic_life=episodic_life, gamma=0.9)
+    env = Overlay(Atari(args), "", args)
+    rng, expected, clipped, lives, rewards = np.random.default_rng(2), [], 0.0, [], []
+    env.reset(seed=3)
+    reward, terminated, previous = 0.0, True, 0.0
+    while True:
+        q_values = rng.normal(size=env.action_space.n).astype(np.float32)
+        action = int(rng.integers(env.action_space.n))
+        expected.append(reward + (0.0 if terminated else 0.9 * max(q_values)) - previous)
+        env.think(q_values, action)
+        lives.append(env.env.lives)
+        before = env.env.episode_return
+        _, reward, terminated, truncated, info = env.step(action)
+        assert reward in (-1, 0, 1)
+        rewards.append(env.env.episode_return - before)
+        previous, clipped = q_values[action], clipped + reward
+        assert env.clipped_return == clipped
+        if info:
+            break
+        if terminated:
+            assert episodic_life
+            env.reset()
+        if len(lives) % 40 == 0 or terminated:
+            shown = [step.surprise for step in env.steps]
+            np.testing.assert_allclose(shown, expected[-TRACE_STEPS:], rtol=1e-5, atol=1e-6)
+            assert [step.life_lost for step in env.steps] == [
+                now < before for before, now in zip([lives[0], *lives], lives)
+            ][-TRACE_STEPS:]
+    assert len(set(lives)) > 2 and max(rewards) >= 1
+    assert game != "Seaquest" or max(rewards) > 1  # clipped and true reward differ
+    if not episodic_life:
+        assert len(env.steps) == min(len(lives), TRACE_STEPS)
+    env.reset()  # the next game
+    env.think(q_values, action)
+    assert len(env.steps) == 1 and env.steps[0].surprise == 0 and env.clipped_return == 0
+
+
+def test_histories_are_bounded():
+    env = make_overlay(18)
+    for step in range(3 * TRACE_STEPS):
+        env.think(np.zeros(18, np.float32), step % 18)
+    assert len(env.steps) == TRACE_STEPS and env.steps[-1].action == (3 * TRACE_STEPS - 1) % 18
+
+
+def test_evaluation_leaves_no_trace(tmp_path):
+    """Random states, gradients, parameters and optimizer are what they were."""
+    args = Args(env_id="Pong", eval_episodes=1, max_episode_frames=160, video_length=20, precision="bfloat16")
+    torch.manual_seed(0)
+    agent = Agent(args, 6, CPU)
+    agent.update(*random_batch(num_actions=6))
+
+    def state():
+        tensors = [*agent.q_network.parameters(), *(x.grad for x in agent.q_network.parameters()), agent.losses]
+        tensors += [x for values in agent.optimizer.state_dict()["state"].values() for x in values.values()]
+        return [torch.get_rng_state(), *tensors], (np.random.get_state()[1].tolist(), random.getstate())
+
+    for method in ("perturbation", "gradient"):
+        args.saliency = method
+        tensors, others = state()
+        tensors = [x.clone() for x in tensors]
+        evaluate(args, agent, CPU, 100, tmp_path, None)
+        assert all(map(torch.equal, tensors, state()[0])) and others == state()[1]
+    meta, frames = read_video(tmp_path / "videos" / "0000000100.mp4")
+    assert (meta["size"], len(frames)) == ((1280, 720), 20) and meta["pix_fmt"].startswith("yuv420p")
+
+
+def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
+    calls = []
+    record = lambda *inputs: calls.append(inputs) or np.ones((SIZE, SIZE), np.float32)  # noqa: E731
+    monkeypatch.setitem(SALIENCY, "gradient", record)
+    args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=160, video_length=15, saliency="gradient")
+    args.precision, args.eval_epsilon = "float32", 0.5  # the map is that of the greedy action, not of the one taken
+    agent = Agent(args, 6, CPU)
+    evaluate(args, agent, CPU, 0, tmp_path, None)
+    assert len(calls) == 15
+    for network, observation, action in calls:
+        assert network is agent.q_network and action == agent.think(observation)[1]
+    for flags in ({"capture_video": False}, {"saliency": "none"}):
+        calls.clear()
+        evaluate(Args(**(vars(args) | flags)), agent, CPU, 1, tmp_path, None)
+        assert not calls
+
+
+# ----------------------------------------------------------------------------------------------------- panels
+
+
+def test_game_is_shown_with_and_without_saliency():
+    env = make_overlay(saliency="perturbation")
+    env.think(np.zeros(6, np.float32), 0)
+    screen = env.env.ale.getScreenRGB()
+    np.testing.assert_array_equal(env.render()[1:630:3, 1:480:3], screen)
+    spot = np.zeros((SIZE, SIZE), np.float32)
+    spot[40:44, 60:64] = 1e-9  # only its place matters: the map is drawn relative to its peak
+    env.think(np.zeros(6, np.float32), 0, spot)
+    shown = env.render()[1:630:3, 1:480:3].astype(int)
+    changed = np.argwhere(np.abs(shown - screen).sum(2) > 0)
+    assert changed.min(0).tolist() == pytest.approx([40 * 2.5, 60 * 160 / 84], abs=4)
+    assert changed.max(0).tolist() == pytest.approx([44 * 2.5, 64 * 160 / 84], abs=4)
+    center = shown[105, 118]
+    np.testing.assert_allclose(center, 0.2 * screen[105, 118] + 0.8 * np.array(HEAT), atol=1.5)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_flat_and_broken_saliency_leave_the_game_as_it_is(value):
+    env = make_overlay()
+    env.think(np.zeros(6, np.float32), 0, np.full((SIZE, SIZE), value, np.float32))
+    np.testing.assert_array_equal(env.render()[1:630:3, 1:480:3], env.env.ale.getScreenRGB())
+
+
+@pytest.mark.parametrize("num_actions", [3, 6, 18])
+@pytest.mark.parametrize("scale, shift", [(1, 0), (1, -5), (1e-3, 2), (1e8, 0), (1e30, -1e30)])
+def test_bars_show_the_values(num_actions, scale, shift):
+    """Lengths are proportional to the distance from the lowest value; greedy and taken action are marked."""
+    env = make_overlay(num_actions)
+    q_values = (np.random.default_rng(num_actions).normal(size=num_actions) * scale + shift).astype(np.float32)
+    for taken in (int(q_values.argmax()), int(q_values.argmin())):
+        env.think(q_values, taken)
+        picture, box = inside(env, "q_values")
+        pitch, width = min(44, 344 // num_actions), box.right - box.left - 136 - 92
+        expected = (q_values.astype(float) - q_values.min()) / (q_values.astype(float).max() - q_values.min())
+        for i in range(num_actions):
+            row = picture[i * pitch + pitch // 2, 136 : 136 + width + 1]
+            color = GREEDY if i == q_values.argmax() else BAR
+            assert is_color(row, color).sum() == pytest.approx(1 + width * expected[i], abs=2)
+            assert not is_color(row, BAR if color == GREEDY else GREEDY).any()
+        rows = np.flatnonzero(is_color(picture[:, 140:200], CHOSEN).any(1))
+        assert (rows.min(), rows.max()) == pytest.approx((taken * pitch, (taken + 1) * pitch - 1), abs=2)
+        left, top, right, _ = env.boxes["q_values"]
+        exploring = is_color(env.canvas.picture[top : top + 22, left:right], CHOSEN).any(0)
+        assert np.ptp(np.flatnonzero(exploring)) == pytest.approx(135 if taken != q_values.argmax() else 46, abs=8)
+
+
+@pytest.mark.parametrize("num_actions", [3, 18])
+def test_nan_and_infinite_values_are_drawn(num_actions):
+    env = make_overlay(num_actions)
+    for q_values in (np.full(num_actions, np.nan), np.full(num_actions, np.inf), np.arange(num_actions) * np.nan):
+        env.think(q_values.astype(np.float32), 0)
+        env.render()
+    some = np.arange(num_actions, dtype=np.float32)
+    some[0] = np.nan
+    env.think(some, 1, np.full((SIZE, SIZE), np.nan, np.float32))
+    env.render()
+    env.think(np.linspace(-3e38, 3e38, num_actions, dtype=np.float32), 0)
+    env.render()
+
+
+def test_frames_are_those_the_network_sees():
+    env = make_overlay()
+    for action in (2, 3, 2, 2, 3):
+        env.think(np.zeros(6, np.float32), action)
+        observation, *_ = env.step(action)
+    env.think(np.zeros(6, np.float32), 0)
+    picture, _ = inside(env, "frames")
+    assert not np.array_equal(observation[2], observation[3])
+    for i, (top, left) in enumerate(((0, 0), (0, 176), (176, 0), (176, 176))):  # twice their size, newest last
+        shown = picture[top : top + 168, left : left + 168]
+        for part in (shown[::2, ::2], shown[1::2, 1::2]):
+            np.testing.assert_array_equal(part, np.repeat(observation[i][:, :, None], 3, 2))
+
+
+def test_history_is_on_the_time_axis():
+    """Every Q-value a line at its height, V(s) the highest, events where they happened."""
+    env = make_overlay()
+    env.env.lives = 5
+    for step in range(TRACE_STEPS):
+        env.env.episode_return += {60: 3, 100: -2, 120: 1}.get(step, 0)
+        env.env.lives -= step in (30, 120)
+        values = np.array([0, 1, 2, 3, 4, 5 + (step >= 75)], np.float32)
+        env.think(values, 2 if step == 45 else 5)
+    assert [step.reward for step in env.steps if step.reward] == [3, -2, 1]
+    picture, box = inside(env, "history")
+    height = box.bottom - box.top
+    at = lambda step: round((box.right - box.left) * step / (TRACE_STEPS - 1))  # noqa: E731
+    for color, events in ((GAIN, (60, 120)), (LOSS, (100,)), (LIFE, (30, 120))):
+        columns = np.flatnonzero(is_color(picture, color).sum(0) > height / 2)
+        near = [x for step in events for x in range(at(step) - 1, at(step) + 2)]
+        assert set(columns) <= set(near) and all(any(abs(x - at(step)) < 2 for x in columns) for step in events)
+    clear = [at(step) for step in (10, 20, 52, 85, 90, 110, 140)]
+    for column in clear:
+        for value in range(5):  # of 0 to 6
+            pixel = picture[round(height * (1 - value / 6)), column].astype(int)
+            assert np.abs(pixel - QUIET).max() < 30  # the line is smoothed
+        value_line = np.flatnonzero(is_color(picture[:, column], GREEDY))
+        expected = round(height * (1 - (6 if column > at(75) else 5) / 6))
+        assert abs(value_line - expected).max() <= 1
+    dots = np.argwhere(is_color(picture, CHOSEN))
+    assert dots.mean(0).tolist() == pytest.approx([height * (1 - 2 / 6), at(45)], abs=0.6)
+    assert np.ptp(dots, 0).max() <= 9
+
+
+def test_a_young_game_fills_the_traces_from_the_right():
+    env = make_overlay()
+    for _ in range(10):
+        env.think(np.arange(6, dtype=np.float32), 5)
+    picture, box = inside(env, "history")
+    columns = np.flatnonzero(is_color(picture, GREEDY).any(0))
+    start = (box.right - box.left) * (TRACE_STEPS - 10) / (TRACE_STEPS - 1)
+    assert (columns.min(), columns.max()) == (pytest.approx(start, abs=2), box.right - box.left)
+
+
+def test_surprise_is_drawn_where_and_as_large_as_it_was():
+    env = make_overlay()
+    surprises = {20: 2.0, 70: -4.0, 149: 1.0}
+    for step in range(TRACE_STEPS):
+        env.think(np.zeros(6, np.float32), 0)
+        env.steps[-1] = env.steps[-1]._replace(surprise=surprises.get(step, 0.0))
+    picture, box = inside(env, "surprise")
+    zero, found = (box.bottom - box.top) // 2, {}
+    for color, sign in ((GAIN, 1), (LOSS, -1)):
+        colored = is_color(picture, color)
+        for x in np.flatnonzero(colored.any(0)):
+            rows = np.flatnonzero(colored[:, x])
+            assert (zero - rows.min() if sign > 0 else rows.max() - zero) == len(rows) - 1
+            found[x] = sign * (len(rows) - 1)
+    half = (box.bottom - box.top) / 2
+    for step, surprise in surprises.items():
+        at = round((box.right - box.left) * step / (TRACE_STEPS - 1))
+        for x in range(at - 1, min(at + 2, box.right - box.left + 1)):
+            assert found.pop(x) == pytest.approx(half * surprise / 4, abs=1)
+    assert not found
+
+
+def test_facts_show_their_numbers():
+    """One number changed changes the picture in its column, and nowhere else."""
+    env = make_overlay()
+    env.think(np.zeros(6, np.float32), 0)
+    left, top, right, bottom = env.boxes["facts"]
+    starts = [round(share * (right - left)) for share in (0, 0.18, 0.4, 0.53, 0.68, 0.91, 1)]
+
+    def columns(change) -> set[int]:
+        before = env.render().copy()
+        change()
+        changed = (env.render() != before).any(2)
+        assert not changed[:top].any() and not changed[:, :left].any()
+        x = np.flatnonzero(changed[top:bottom].any(0)) - left
+        return set((np.searchsorted(starts, x, "right") - 1).tolist())
+
+    game = env.env
+    assert columns(lambda: setattr(game, "episode_return", 77.0)) == {0}
+    assert columns(lambda: setattr(env, "clipped_return", 5.0)) == {1}
+    assert columns(lambda: setattr(env.args, "eval_epsilon", 0.07)) == {3}
+    game.frames_seen = {1}
+    game.episode_length = 99
+    env.render()
+    assert game.unique_frames == 0.01
+    assert columns(lambda: setattr(game, "frames_seen", set(range(25)))) == {4}
+    assert columns(lambda: setattr(game, "lives", 3)) == {5}
+    assert 2 in columns(lambda: setattr(game, "episode_length", 1234))
+
+
+class Recording(Canvas):
+    """Notes where texts stand: left, top, right, bottom."""
+
+    def __init__(self, width, height):
+        super().__init__(width, height)
+        self.texts = []
+
+    def text(self, text, x, y, color=None, size=18, weight=400, right=False):
+        if text:
+            left, top, width, height = cv2.getTextSize((0, 0), text, (x, y), FONT, size, weight)
+            left -= width if right else 0
+            self.texts.append((text, Box(left, top, left + width, top + height)))
+        return super().text(text, x, y, color, size, weight, right)
+
+
+def overlap(a: Box, b: Box) -> bool:
+    return a.left < b.right and b.left < a.right and a.top < b.bottom and b.top < a.bottom
+
+
+@pytest.mark.parametrize("saliency", ["gradient", "perturbation"])
+@pytest.mark.parametrize("num_actions", [3, 6, 18])
+def test_nothing_overlaps(num_actions, saliency):
+    """With the widest texts: no two of them touch, none touches a picture or a bar, none leaves its panel."""
+    env = make_overlay(num_actions, saliency=saliency)
+    env.canvas = Recording(1280, 720)
+    widest = max(range(num_actions), key=lambda i: len(env.env.action_names[i]))
+    for step in range(TRACE_STEPS):
+        q_values = np.linspace(-9_999.9, -1_000, num_actions, dtype=np.float32)
+        q_values[widest] = 9_999.9
+        env.think(q_values, (widest + step % 2) % num_actions, np.full((SIZE, SIZE), 1.234e-5, np.float32))
+    env.env.episode_return, env.env.episode_length, env.clipped_return = -1_234_567, 26_999, -26_999
+    env.render()
+    texts = env.canvas.texts
+    assert len(texts) > 2 * num_actions + 20
+    for (text, a), (other, b) in itertools.combinations(texts, 2):
+        assert not overlap(a, b), (text, other)
+    for text, a in texts:
+        (home,) = [box for box in env.boxes.values() if overlap(a, box)]
+        assert a.left >= home.left and a.right <= home.right + 1 and a.bottom <= home.bottom, text
+    left, top, right, _ = env.boxes["q_values"]
+    bars = Box(left + 132, top + 30, right - 88, 720)
+    screen, frames = Box(0, 0, 480, 630), env.boxes["frames"]
+    frames = frames._replace(top=frames.top + 30)
+    traces = [env.boxes[name]._replace(top=env.boxes[name].top + 26) for name in ("history", "surprise")]
+    for text, a in texts:
+        assert not any(overlap(a, picture) for picture in (screen, frames, *traces)), text
+        assert not overlap(a, bars) or a.top > env.boxes["q_values"].bottom, text
+
+
+def test_panels_stay_in_their_boxes():
+    """Each drawn alone: only curves and markers reach over the edge, by their thickness."""
+    for num_actions in (3, 18):
+        env = make_overlay(num_actions)
+        for step in range(TRACE_STEPS):
+            env.think(np.random.default_rng(step).normal(size=num_actions).astype(np.float32), step % num_actions)
+        for name, panel in env.panels.items():
+            env.canvas.picture[:] = GROUND
+            panel.draw(env.canvas, env.boxes[name], env)
+            drawn = ~is_color(env.canvas.picture, GROUND)
+            left, top, right, bottom = env.boxes[name]
+            drawn[max(top - 1, 0) : bottom + 6, max(left - 6, 0) : right + 6] = False
+            assert not drawn.any(), name
+
+
+@pytest.mark.parametrize("count", range(1, len(PANELS) + 1))
+def test_layout_adapts_to_the_chosen_panels(count):
+    game = make_overlay().env
+    for names in itertools.combinations(PANELS, count):
+        env = Overlay(game, "", Args(panels=names))
+        assert list(env.boxes) == list(names)
+        env.think(np.arange(6, dtype=np.float32), 5)
+        height, width, _ = env.render().shape
+        assert width % 2 == height % 2 == 0 and height == 720 and width == (480 if names == ("game",) else 1280)
+        for box in env.boxes.values():
+            assert 0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height
+        for a, b in itertools.combinations(env.boxes.values(), 2):
+            assert not overlap(a, b)
+        others = [box for name, box in env.boxes.items() if name != "game"]
+        if others:  # they fill the width and the height
+            assert max(box.bottom for box in others) == 700 and max(box.right for box in others) == 1260
+    boxes = make_overlay(panels=("facts", "q_values", "game")).boxes
+    assert boxes["facts"].bottom < boxes["q_values"].top  # in the order given
+
+
+MARGIN_PANEL = '''
+class Margin:
+    """How far the best Q-value lies above the second best: near 0, the choice matters little."""
+
+    width, height = 1, 80
+
+    def draw(self, canvas, box, state):
+        margins = [np.diff(np.sort(step.q_values)[-2:])[0] for step in state.steps]
+        box = canvas.title(box, "margin of the best action", number(margins[-1]))
+        canvas.curves(box, margins, GAIN)
+
+
+PANELS["margin"] = Margin
+'''
+
+
+@pytest.mark.parametrize("panels", [(), ("game", "margin"), ("margin", "facts")])
+def test_adding_a_panel(monkeypatch, panels):
+    """As README does it: in ten lines, it is drawn, and nothing else has to know of it."""
+    monkeypatch.setattr(dqn_atari_visual, "PANELS", dict(PANELS))
+    exec(MARGIN_PANEL, vars(dqn_atari_visual))
+    monkeypatch.delattr(dqn_atari_visual, "Margin")
+    args = Args(env_id="Pong", panels=panels)
+    check_args(args)
+    env = Overlay(Atari(args), "", args)
+    env.reset(seed=1)
+    for step in range(TRACE_STEPS):
+        env.think(np.array([0, 1, 2, 3, 4, 5 + step], np.float32), 5)
+    picture, box = inside(env, "margin")
+    line = is_color(picture, GAIN)
+    heights = [np.flatnonzero(line[:, x]).mean() for x in range(10, box.right - box.left - 10, 25)]
+    assert heights == sorted(heights, reverse=True) and heights[0] - heights[-1] > 0.8 * (box.bottom - box.top)
+    for a, b in itertools.combinations(env.boxes.values(), 2):
+        assert not overlap(a, b)
+
+
+def test_time_axis():
+    box = Box(10, 0, 308, 50)
+    assert x_axis(box, TRACE_STEPS).tolist() == list(range(10, 309, 2))
+    assert x_axis(box, 3).tolist() == [304, 306, 308]
+
+
+def test_video_of_the_canvas_is_the_canvas(tmp_path):
+    env, recorder, pictures = make_overlay(), Recorder(tmp_path / "game.mp4", 10), []
+    for step in range(10):
+        env.think(np.random.default_rng(step).normal(size=6).astype(np.float32), step % 6)
+        recorder.write(env)
+        pictures.append(env.render().copy())
+        env.step(step % 6)
+    recorder.close()
+    _, frames = read_video(recorder.path)
+    assert len(frames) == 10
+    for frame, picture in zip(frames, pictures):
+        assert np.abs(frame.astype(int) - picture).mean() < 4
+
+
+# ------------------------------------------------------------------------------------------- from the shell
+
+
+def play(folder: Path, script: str, flags: str) -> str:
+    """Standard output of a script that must succeed."""
+    result = run(folder, flags, script)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# epsilon does not depend on the length of the run: one that is resumed can be compared with one that is not
+FLAGS = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --start-e 0.1 --end-e 0.1"
+FLAGS += " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode disabled"
+
+
+@pytest.fixture(scope="module")
+def dqn_run(tmp_path_factory) -> Path:
+    """The folder of a run of dqn_atari.py, 600 steps."""
+    folder = tmp_path_factory.mktemp("dqn")
+    play(folder, "dqn_atari.py", FLAGS + " --total-timesteps 600")
+    return run_folder(folder)
+
+
+def test_models_and_checkpoints_of_dqn_play_here(dqn_run, tmp_path):
+    """The same returns with the same seed; the flags that dqn_atari.py does not have take their defaults."""
+    results = [
+        play(tmp_path, script, f"--evaluate {dqn_run / name} --eval-episodes 3 --seed 5")
+        for script, name in (("dqn_atari.py", "model.pt"), ("dqn_atari_visual.py", "model.pt"))
+    ]
+    # with video, saliency and W&B
+    flags = f"--evaluate {dqn_run / 'checkpoint.pt'} --eval-episodes 3 --seed 5 --capture-video --video-length 40"
+    flags += " --wandb-mode offline --panels game history --saliency gradient"
+    results.append(play(tmp_path, "dqn_atari_visual.py", flags))
+    returns = [re.findall("step 600: return .*", result) for result in results]
+    assert len(returns[0]) == 1 and returns[0] == returns[1] == returns[2]
+    (video,) = tmp_path.glob("runs/*/videos/*.mp4")
+    meta, frames = read_video(video)
+    assert (meta["size"], len(frames)) == ((1280, 720), 40)
+    check_wandb_record(tmp_path)
+
+
+def check_wandb_record(folder: Path) -> None:
+    """What is logged beside what dqn_atari.py logs."""
+    records = wandb_records(folder)
+    items = {key: value for r in records if r["type"] == "history" for key, value in r["history"]["item"].items()}
+    assert {"eval/episodic_return", "eval/episodic_return_std", "eval/unique_frames"} <= set(items)
+    assert items["eval/actions._type"] == items["eval/q_values._type"] == "histogram"
+    counts, steps = items["eval/actions.values"], round(3 * items["eval/episodic_length"])
+    assert items["eval/actions.bins"] == [-0.5, 0.5, 1.5, 2.5, 3.5]
+    assert 0 < steps - sum(counts) <= 15  # the steps that pressed FIRE to start a life were not chosen
+    assert sum(items["eval/q_values.values"]) == 4 * sum(counts)
+    assert (items["images/saliency.width"], items["images/saliency.height"]) == (480, 720)
+    assert (items["images/eval.width"], items["videos/eval._type"]) == (1280, "video-file")
+    config = [r["run"]["config"]["update"] for r in records if r["type"] == "run"][0]
+    assert (config["panels"], config["saliency"]) == (["game", "history"], "gradient")
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/eval/*.json")
+    table = json.loads(table.read_text())
+    assert table["columns"] == ["return", "length", "unique_frames", "video"]
+    assert sum(row[1] for row in table["data"]) == steps
+    assert [row[3] is None for row in table["data"]] == [False, True, True]
+    (artifact,) = [r["artifact"] for r in records if r["type"] == "artifact" and r["artifact"]["type"] == "run_table"]
+    paths = [Path(entry["path"]) for entry in artifact["manifest"]["contents"]]
+    assert {path.suffix for path in paths} == {".json", ".mp4"}
+
+
+def test_run_of_dqn_goes_on_here_bit_identical(dqn_run, tmp_path):
+    """600 steps there and 400 here, with evaluations, videos and saliency between them: the network of 1,000 there."""
+    play(tmp_path, "dqn_atari.py", FLAGS + " --total-timesteps 1000")
+    flags = f"--resume {dqn_run} --total-timesteps 1000 --eval-frequency 200 --capture-video --video-length 20"
+    play(tmp_path, "dqn_atari_visual.py", flags)
+    assert len(list((dqn_run / "videos").glob("*.mp4"))) == 2
+    folders = dqn_run, run_folder(tmp_path)
+    ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in folders)
+    assert ours["global_step"] == theirs["global_step"] == 1000
+    for key, value in theirs["agent"]["q_network"].items():
+        assert torch.equal(value, ours["agent"]["q_network"][key])
+
+
+def test_unknown_panel_ends_with_one_sentence():
+    with pytest.raises(SystemExit) as error:
+        check_args(Args(panels=("game", "surprize")))
+    assert error.value.code == (
+        "error: --panels surprize is no panel: there are game, q_values, frames, history, surprise, facts"
+    )
