@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository root on the path, no W&B account, no GPU needed."""
+"""Shared by all tests: the repository root on the path, no W&B account, no GPU needed, one thread a process."""
 
 import os
 import sys
@@ -9,3 +9,4 @@ sys.path.insert(0, str(ROOT))
 for variable in ("WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(variable, None)
 os.environ["WANDB_SILENT"] = "true"
+os.environ["OMP_NUM_THREADS"] = "1"  # processes that share cores and have several threads each wait for each other
