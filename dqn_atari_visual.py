@@ -553,6 +553,8 @@ class Replay:
     part of its frames overwritten, and one whose n-step return runs into a truncation.
     """
 
+    ARRAYS = ("frames", "actions", "rewards", "ends")
+
     def __init__(self, capacity: int, num_envs: int, n_step: int, gamma: float, device: torch.device):
         self.rows, self.num_envs = capacity // num_envs, num_envs
         self.n_step, self.gamma, self.device = n_step, gamma, device

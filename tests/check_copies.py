@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "dqn_atari.py"
 # What each script has of its own: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
-    "dqn_atari_visual.py": "check_args Overlay evaluate",
+    "dqn_atari_visual.py": "Args.panels Args.saliency check_args Overlay evaluate",
     "c51_atari.py": "ALGORITHM check_args QNetwork Args.learning_rate Args.target_network_frequency"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
     " Overlay.render",
@@ -53,11 +53,16 @@ def definitions(source: str, inside: str = "") -> dict[str, str]:
 
 
 def shared(path: Path) -> dict[str, str]:
-    """All that is compared of a script, classes ``BY_MEMBER`` as one entry for each "Class.member"."""
+    """All that can be compared of a script: its definitions, of classes ``BY_MEMBER`` each "Class.member" as well.
+
+    A class of which the script has a member of its own is left out as a whole.
+    """
     source, own, found = path.read_text(), OWN.get(path.name, set()), {}
     for name, text in definitions(source).items():
         members = definitions(source, name).items() if name in BY_MEMBER else ()
-        entries = {f"{name}.{member}": text for member, text in members} or {name: text}
+        entries = {f"{name}.{member}": text for member, text in members}
+        if not own & set(entries):
+            entries[name] = text
         found |= {entry: text for entry, text in entries.items() if not own & {entry, name}}
     return found
 
@@ -80,7 +85,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     right = {name: text for blocks in [source, *scripts.values()][::-1] for name, text in blocks.items()}
     for path, blocks in scripts.items():
         for name, text in blocks.items():
-            if text == right[name] or (args.names and name not in wanted):
+            whole = "." in name and name.split(".")[0] in blocks  # its members are no news
+            if text == right[name] or whole or (args.names and name not in wanted):
                 continue
             different += 1
             print(f"{path.name}: {name} {'is now' if args.fix else 'is not'} as elsewhere")

@@ -23,7 +23,7 @@ def test_shared_blocks_are_the_same():
 
 def test_check_copies_finds_and_fixes(tmp_path, capsys, monkeypatch):
     """Whole definitions and members that differ are named in the order in which they stand, and copied."""
-    monkeypatch.setattr(check_copies, "OWN", {"c51_atari.py": {"ALGORITHM", "Agent.update"}})
+    monkeypatch.setattr(check_copies, "OWN", {"c51_atari.py": {"ALGORITHM", "Agent.update", "Args.n_step"}})
     monkeypatch.setattr(check_copies, "BY_MEMBER", {"Agent", "Args"})
     template, other = tmp_path / "dqn_atari.py", tmp_path / "c51_atari.py"
     shutil.copy(ROOT / "dqn_atari.py", template)
