@@ -921,7 +921,7 @@ class Overlay(gym.Wrapper):
         colors = ((1 - shades) * LOWEST + shades * HIGHEST).round().tolist()
         pitch = min(36, (bottom - top) // num_actions)
         size = min(15, pitch - 3)
-        left, width = self.LEFT + 130, min(22, 200 // num_heads)
+        left, width = self.LEFT + 130, min(22, 198 // num_heads)
         for head in range(num_heads):
             x = left + head * width
             if width >= 14:
