@@ -57,7 +57,7 @@ def with_other_target(agent):
     with torch.no_grad():
         for name, parameter in agent.target_network.named_parameters():
             if not name.startswith("prior"):
-                parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                parameter += parameter.std() * torch.randn(parameter.shape, generator=generator)
     return agent
 
 
@@ -171,6 +171,8 @@ def test_update_is_the_formula(prior_scale, max_grad_norm):
     """Loss, each head's loss, gradients, their clipping and Adam's step, with masks, prior and double Q-learning."""
     agent = with_other_target(make_agent(prior_scale=prior_scale, max_grad_norm=max_grad_norm))
     before, batch = copy.deepcopy(agent.q_network), masked_batch(3, size=8)
+    best, best_of_target = (network(batch[3]).argmax(2) for network in (agent.q_network, agent.target_network))
+    assert (best != best_of_target).any()  # else this could not tell double from plain Q-learning
     loss, gradients, head_losses, head_counts = direct_update(agent, batch, prior_scale)
     agent.update(*batch)
     found = dict(agent.q_network.named_parameters())
@@ -416,9 +418,9 @@ def test_every_environment_follows_its_head():
 
 
 def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
-    """A real run with lost lives, games that end and games that are cut off; its checkpoint has the heads it ends with.
+    """A real run with lost lives, games that end and games that are cut off; 31 heads, so that most draws are others.
 
-    31 heads, so that nearly every draw is another head. Also what is logged of each game.
+    Also what is logged of each game, and that a resumed run goes on with the heads that the checkpoint has.
     """
     acting, ended, lives_lost, cut_off, logged = [], [], [], 0, []
     plain_act, plain_recv = Agent.act, AtariVector.recv
@@ -457,7 +459,8 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
     assert train(args, CPU, tmp_path, None) == 0
     draws = []
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    for step, after in enumerate([*acting[1:], checkpoint["heads"].tolist()]):
+    saved = checkpoint["heads"].tolist()
+    for step, after in enumerate([*acting[1:], saved]):
         for env, head in enumerate(acting[step]):
             if env in ended[step]:
                 draws.append((head, after[env]))
@@ -470,6 +473,10 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
     expected = [(acting[step][env], game["r"]) for step, some in enumerate(ended) for env, game in some.items()]
     found = [(m["heads/acting"], m[f"heads/episodic_return_{m['heads/acting']}"]) for m in games]
     assert found == expected and all(m["charts/episodic_return"] == r for m, (_, r) in zip(games, found))
+    acting.clear()
+    args.total_timesteps += 30
+    assert train(args, CPU, tmp_path, checkpoint) == 0
+    assert acting[0] == saved
 
 
 def test_first_heads_follow_the_seed_and_cover_all():
@@ -613,11 +620,11 @@ def test_vote_and_head_are_named(monkeypatch):
     env, texts = make_overlay(6), []
     monkeypatch.setattr(Overlay, "text", lambda self, text, *rest, **more: texts.append(text))
     q_values = np.tile(np.arange(6.0), (9, 1))
-    q_values[7, 1] = 10
+    q_values[7, 1] = 10.5
     env.think((q_values, None), 5)
     env.render()
     assert "the vote is for LEFTFIRE, 8 of 9 heads agree" in texts
-    assert "2.000" in texts and "3.000" in texts and "8" in texts  # means of Q, and the votes
+    assert "2.056" in texts and "5.000" in texts and "8" in texts  # means of Q, and the votes
     texts.clear()
     env.think((q_values, 7), 1)
     env.render()
