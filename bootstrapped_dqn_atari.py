@@ -56,9 +56,9 @@ from tqdm import tqdm
 
 ALGORITHM = "Bootstrapped DQN"  # written into checkpoints: those of another algorithm are refused
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
+METRICS = ("td_loss", "q_values", "q_values_std", "vote_share")  # in losses/
 FIXED_FLAGS = ("env_id", "num_envs", "buffer_size", "n_step", "full_action_space", "precision")  # on --resume
 FIXED_FLAGS += ("num_heads", "prior_scale")
-METRICS = ("td_loss", "q_values", "q_values_std", "vote_share")
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
@@ -515,8 +515,8 @@ class QNetwork(nn.Module):
     """``num_heads`` Q-functions on one trunk, that of Mnih et al. 2015, each with its own head and prior.
 
     Observations uint8 [batch, 4, 84, 84] to Q-values float32 [batch, heads, actions], what is learned plus
-    ``prior_scale`` times what ``prior``, a network of the same shape that stays as it is, says (Osband et al. 2018,
-    eq. 5). ``dtype`` is the precision in which the trunk computes; its weights stay float32.
+    ``prior_scale`` times those of ``prior``, a network of the same shape that is never trained (Osband et al. 2018).
+    ``dtype`` is the precision in which the trunk computes; its weights stay float32.
     """
 
     def __init__(self, num_actions: int, num_heads: int, dtype=torch.float32, prior=None, prior_scale: float = 0.0):
@@ -548,7 +548,7 @@ class QNetwork(nn.Module):
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = self.trunk(images)
         features = features.float()
-        if features.requires_grad:  # the trunk learns from the mean of the heads' gradients (2016, section 3)
+        if features.requires_grad:  # all heads' gradients meet in the trunk: each is divided by their number (2016)
             features.register_hook(lambda gradient: gradient / self.num_heads)
         return self.heads(features).unflatten(1, (self.num_heads, -1))
 
@@ -581,8 +581,8 @@ class Replay:
     blanks those from before the episode. Never drawn: a step whose n successors are not stored yet, one with a
     part of its frames overwritten, and one whose n-step return runs into a truncation.
 
-    Which heads learn from a step is drawn when it is stored, each with ``mask_probability`` (Osband et al. 2016,
-    algorithm 1), and kept as the bits of an integer.
+    Which heads learn from a step is drawn when it is stored, each with ``mask_probability`` (Osband et al. 2016),
+    and kept as the bits of an integer.
     """
 
     ARRAYS = ("frames", "actions", "rewards", "ends", "masks")
@@ -924,7 +924,7 @@ class Overlay(gym.Wrapper):
         left, width = self.LEFT + 130, min(22, 198 // num_heads)
         for head in range(num_heads):
             x = left + head * width
-            if width >= 14:
+            if num_heads <= 10:  # longer numbers do not fit
                 color, weight = (CHOSEN, 600) if head == self.head else (QUIET, 400)
                 self.text(str(head), x + width // 2 - 4, top - 5, color, 12, weight)
             for i, color in enumerate(colors[head]):
