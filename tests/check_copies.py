@@ -23,7 +23,7 @@ OWN = {
     "c51_atari.py": "ALGORITHM check_args QNetwork Args.learning_rate Args.target_network_frequency"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
     " Overlay.render",
-    "bootstrapped_dqn_atari.py": "ALGORITHM check_args QNetwork Args.learning_rate Args.buffer_size"
+    "bootstrapped_dqn_atari.py": "ALGORITHM METRICS check_args QNetwork Args.learning_rate Args.buffer_size"
     " Args.target_network_frequency Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses"
     " Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace train",
