@@ -860,15 +860,18 @@ class Overlay(gym.Wrapper):
             self.text("exploring", self.RIGHT, 64, CHOSEN, 14, 600, right=True)
         self.draw_policy(top=104, bottom=394)
         low, high = finite_range(np.array(self.values))
-        self.draw_trace("V(s), last 10 s", self.values, low, high, top=430, bottom=480)
-        self.draw_trace("entropy of the policy", self.entropies, 0.0, math.log(len(self.probabilities)), 510, 550)
+        scale = f"{number(low)} to {number(high)}"
+        self.draw_trace("V(s), last 10 s", self.values, low, high, scale, top=430, bottom=480)
+        high = math.log(len(self.probabilities))
+        scale = f"0 (certain) to {number(high)} (uniform)"
+        self.draw_trace("entropy, last 10 s", self.entropies, 0.0, high, scale, top=510, bottom=550)
         self.draw_facts(top=581)
         return self.canvas
 
     def draw_policy(self, top: int, bottom: int) -> None:
         """One bar an action, as long as the action is probable."""
         self.text("probability of each action", self.LEFT, top - 14, QUIET, 14)
-        self.text("framed: the one drawn", self.RIGHT, top - 14, QUIET, 14, right=True)
+        self.text("framed: the one taken", self.RIGHT, top - 14, QUIET, 14, right=True)
         pitch = min(36, (bottom - top) // len(self.probabilities))
         size = min(15, pitch - 3)
         left, width = self.LEFT + 130, 240
@@ -885,11 +888,11 @@ class Overlay(gym.Wrapper):
             self.text(name, self.LEFT, y + (pitch + size) // 2 - 2, color, size, bold)
             self.text(number(value), self.RIGHT, y + (pitch + size) // 2 - 2, color, size, bold, right=True)
 
-    def draw_trace(self, title: str, history: deque, low: float, high: float, top: int, bottom: int) -> None:
+    def draw_trace(self, title, history, low: float, high: float, scale, top: int, bottom: int) -> None:
         """``history`` between ``low`` and ``high``; a green line where a reward came, a red one for a penalty."""
         values, rewards = np.array(history), np.array(self.rewards)
         self.text(title, self.LEFT, top - 10, QUIET, 14)
-        self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 10, QUIET, 14, right=True)
+        self.text(scale, self.RIGHT, top - 10, QUIET, 14, right=True)
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
         x = self.RIGHT - (len(values) - 1 - np.arange(len(values))) * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
         for at, reward in zip(x, rewards):

@@ -22,8 +22,8 @@ OWN = {
     "c51_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork Args.learning_rate Args.target_network_frequency"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
     " Overlay.render",
-    "ppo_atari.py": "ALGORITHM FIXED_FLAGS check_args Args.eval_epsilon Args.learning_rate model evaluate train main"
-    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace",
+    "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Agent model evaluate"
+    " Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace train main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}
