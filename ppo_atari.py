@@ -55,7 +55,10 @@ ALGORITHM = "PPO"  # written into checkpoints: those of another algorithm are re
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
 FIXED_FLAGS = ("env_id", "num_envs", "full_action_space", "precision")  # on --resume
 METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # their number
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # their number on this machine
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun has started them anew
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
@@ -506,20 +509,28 @@ class AtariVector:
 def own_share(args: Args) -> Args:
     """The flags of this rank: its share of the games and of the processes that run them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_envs, workers = args.num_envs // WORLD_SIZE, args.num_workers
-    if workers is None:
-        workers = min(max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), num_envs)
-    else:
-        workers //= WORLD_SIZE
-    return replace(args, num_envs=num_envs, num_workers=workers)
+    num_envs = args.num_envs // WORLD_SIZE
+    default = min(cores // LOCAL_WORLD_SIZE, num_envs)
+    num_workers = default if args.num_workers is None else args.num_workers // WORLD_SIZE
+    return replace(args, num_envs=num_envs, num_workers=num_workers)
 
 
-def collect(operation, *arguments) -> None:
-    """Calls a collective operation of ``torch.distributed``; ends the program if another rank has ended."""
+def join_ranks(device: torch.device) -> None:
+    """Waits for all ranks; after this they can work together."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # On one machine, torchrun can start its ranks anew with the store of those before, whose addresses are still there.
+    attempt = RESTARTS if LOCAL_WORLD_SIZE == WORLD_SIZE else 0
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+
+
+def together(operation, *arguments) -> None:
+    """Calls an operation of ``torch.distributed`` that needs all ranks; ends the program if one of them has ended."""
     try:
         operation(*arguments)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).split(". ")[0]
         sys.exit(f"error: rank {RANK} has lost another rank: go on from the last checkpoint with --resume ({reason})")
 
 
@@ -527,28 +538,30 @@ def gather(item) -> list:
     """The items of all ranks, in their order."""
     items = [item] * WORLD_SIZE
     if WORLD_SIZE > 1:
-        collect(dist.all_gather_object, items, item)
+        together(dist.all_gather_object, items, item)
     return items
 
 
 def average(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of ``tensor`` over all ranks, in its place."""
     if WORLD_SIZE > 1:
-        collect(dist.all_reduce, tensor)
+        together(dist.all_reduce, tensor)
         tensor /= WORLD_SIZE
     return tensor
 
 
-LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[0]  # a folder that each torchrun makes itself
+LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[
+    0
+]  # a folder that each torchrun has of its own
 
 
 def resume_after_restart() -> None:
-    """If torchrun has restarted its ranks, adds --resume with the last checkpoint of those before to the flags."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or (args := tyro.cli(Args)).resume:
+    """If torchrun has started the ranks anew, adds --resume with the last checkpoint of this launch to the flags."""
+    if RESTARTS == 0 or (args := tyro.cli(Args)).resume:
         return
     runs = Path(args.run_dir).glob(f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}__*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
-        if LAUNCH in [rank["launch"] for rank in load(path, "ranks")["ranks"]]:
+        if LAUNCH in [rank["launch"] for rank in load(path, needs="ranks")["ranks"]]:
             sys.argv += ["--resume", str(path)]
             return
 
@@ -1084,7 +1097,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     """
     envs = AtariVector(own_share(args))
     if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        join_ranks(device)
     torch.manual_seed(args.seed + RANK)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
@@ -1106,7 +1119,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         checkpoint.clear()  # lets go of the file, so that the next checkpoint frees its space
     else:
         for parameter in agent.network.parameters() if WORLD_SIZE > 1 else ():
-            collect(dist.broadcast, parameter.data, 0)
+            together(dist.broadcast, parameter.data, 0)
         rollout.observations[-1] = torch.from_numpy(envs.reset(args.seed + RANK * envs.num_envs))
 
     graph = CudaGraph if device.type == "cuda" else lambda function: function
