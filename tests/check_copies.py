@@ -20,15 +20,15 @@ TEMPLATE = "dqn_atari.py"
 # What each script has of its own: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
     "dqn_atari_visual.py": "Args.panels Args.saliency check_args Overlay evaluate",
-    "c51_atari.py": "ALGORITHM check_args QNetwork Args.learning_rate Args.target_network_frequency"
+    "c51_atari.py": "ALGORITHM METRICS check_args QNetwork Args.learning_rate Args.target_network_frequency"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
     " Overlay.render",
     "bootstrapped_dqn_atari.py": "ALGORITHM METRICS check_args QNetwork Args.learning_rate Args.buffer_size"
     " Args.target_network_frequency Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses"
     " Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace train",
-    "ppo_atari.py": "ALGORITHM FIXED_FLAGS check_args Args.eval_epsilon Args.learning_rate model evaluate train main"
-    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace",
+    "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Args.max_grad_norm"
+    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace model evaluate train main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}

@@ -1,0 +1,1286 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.8,<2.14",
+#   "gymnasium>=1.2",
+#   "ale-py>=0.12",
+#   "wandb>=0.31",
+#   "numpy>=2.0",
+#   "opencv-python-headless>=5.0",
+#   "moviepy>=2.2",
+#   "tyro>=1.0",
+#   "tqdm>=4.66",
+# ]
+# ///
+"""Proximal policy optimization (PPO) on Atari, in one file, on one process or many.
+
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347, with the details and
+settings of CleanRL. Under torchrun the environments and minibatches are divided over the processes, which learn as one.
+
+    python ppo_atari.py --env-id Pong --seed 2
+    python ppo_atari.py --resume runs/Pong__ppo_atari__2__20260131-120000
+    python ppo_atari.py --evaluate runs/Pong__ppo_atari__2__20260131-120000/model.pt
+    torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari.py --env-id Pong --num-envs 64
+"""
+
+import atexit
+import copy
+import difflib
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+import zlib
+from collections import deque
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+ALGORITHM = "PPO"  # written into checkpoints: those of another algorithm are refused
+LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
+FIXED_FLAGS = ("env_id", "num_envs", "full_action_space", "precision")  # on --resume
+METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # their number
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # their number on this machine
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun has started them anew
+cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's name"""
+    seed: int = 1
+    """seed of the network, the replay and the games"""
+    torch_deterministic: bool = True
+    """make cuDNN choose deterministic algorithms"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps ...; auto takes the first of cuda, mps, cpu that is there"""
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where Weights & Biases records the run; auto: online when logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """project of the W&B run"""
+    wandb_entity: str | None = None
+    """team or user of the W&B run (default: your own)"""
+    wandb_group: str | None = None
+    """group of the W&B run, to compare seeds"""
+    run_dir: str = "runs"
+    """folder in which the run's own folder is made"""
+    capture_video: bool = True
+    """record the first game of each evaluation"""
+    video_length: int = 4500
+    """longest video, in agent steps (15 a second: 4500 are 5 minutes)"""
+    eval_frequency: int = 500_000
+    """steps between two evaluations (0: only one, at the end)"""
+    eval_episodes: int = 5
+    """whole games in an evaluation"""
+    eval_epsilon: float = 0.0
+    """probability of a random action in an evaluation; all others are drawn from the policy"""
+    checkpoint_frequency: int = 500_000
+    """steps between two checkpoints (0: only when stopped and at the end)"""
+    resume: str | None = None
+    """run folder or checkpoint.pt to go on with; its flags hold unless given anew"""
+    evaluate: str | None = None
+    """model.pt or checkpoint.pt to play and record, without training; its flags hold unless given anew"""
+    env_id: str = "BreakoutNoFrameskip-v4"
+    """game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same one here"""
+    total_timesteps: int = 10_000_000
+    """agent steps (4 emulator frames each) of the whole run, summed over the environments"""
+    num_envs: int = 8
+    """games played side by side (1: the serial algorithm of the paper)"""
+    num_workers: int | None = None
+    """processes that run the games (default: one per core, at most one per game; 0: the main process)"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the previous action in a frame"""
+    max_episode_frames: int = 108_000
+    """emulator frames (4 a step, 60 a second) after which a game is cut off"""
+    episodic_life: bool = True
+    """end the learning episode when a life is lost (the game goes on)"""
+    full_action_space: bool = False
+    """all 18 actions instead of the game's own"""
+
+    learning_rate: float = 2.5e-4
+    """learning rate of Adam, at the start where it is annealed"""
+    num_steps: int = 128
+    """steps of each environment in an iteration"""
+    anneal_lr: bool = True
+    """let the learning rate fall to 0 over total-timesteps"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of the generalized advantage estimates"""
+    num_minibatches: int = 4
+    """minibatches into which an iteration's steps are divided"""
+    update_epochs: int = 4
+    """passes over an iteration's steps"""
+    norm_adv: bool = True
+    """normalize the advantages of each minibatch"""
+    clip_coef: float = 0.1
+    """change of an action's probability, as a ratio, beyond which it gains nothing"""
+    clip_vloss: bool = True
+    """clip the change of the value as well, at the same number"""
+    ent_coef: float = 0.01
+    """weight of the entropy in the loss"""
+    vf_coef: float = 0.5
+    """weight of the value loss in the loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient of all parameters"""
+    target_kl: float | None = None
+    """KL divergence from the old policy after which an iteration has no further pass (default: no limit)"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the network's trunk; auto: bfloat16 on a CPU that has instructions for it, else float32"""
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if a flag is out of its range."""
+    ranges = {"learning_rate max_grad_norm": (1e-12, math.inf), "num_workers": (0, args.num_envs), "seed": (0, 2**31)}
+    ranges["eval_epsilon sticky_actions gamma gae_lambda"] = (0, 1)
+    ranges["eval_frequency checkpoint_frequency ent_coef vf_coef"] = (0, math.inf)
+    ranges["video_length eval_episodes total_timesteps num_envs max_episode_frames"] = (1, math.inf)
+    ranges["num_steps num_minibatches update_epochs"] = (1, math.inf)
+    ranges["clip_coef target_kl"] = (1e-12, math.inf)
+    for names, (low, high) in ranges.items():
+        for name in names.split():
+            value = getattr(args, name)
+            limit = f"between {low} and {high}" if high < math.inf else f"at least {low}"
+            if value is not None and not low <= value <= high:
+                sys.exit(f"error: --{name.replace('_', '-')} is {value}: it must be {limit}")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    if WORLD_SIZE > 1 and args.evaluate:
+        sys.exit("error: --evaluate is for one process: start it without torchrun")
+    if args.num_envs % WORLD_SIZE:
+        sys.exit(f"error: --num-envs {args.num_envs} cannot be divided among {WORLD_SIZE} ranks: make it a multiple")
+    steps = args.num_steps * args.num_envs // WORLD_SIZE
+    if steps % args.num_minibatches or steps == args.num_minibatches:
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration"
+                 " (on each rank) into parts of 2 or more: change it, --num-steps or --num-envs")  # fmt: skip
+
+
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` means; ends the program if this machine has none such."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    usable = [kind for kind, available in here.items() if available]
+    try:
+        device = torch.device(usable[0] if name == "auto" else name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
+    if device.type not in usable or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
+    return device
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    if name == "auto":
+        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    return name
+
+
+# ------------------------------------------------------------------------------------------- Atari environment
+
+STACK = 4  # frames in an observation
+HISTORY = STACK - 1  # frames of an observation that are older than the newest
+SIZE = 84  # height and width of a frame
+FRAME_SKIP = 4  # emulator frames in an agent step
+NOOP_MAX = 30  # most idle frames at the start of a game
+
+
+def game_name(env_id: str) -> str:
+    """'Breakout' for 'Breakout', 'ALE/Breakout-v5' and 'BreakoutNoFrameskip-v4'.
+
+    Ends the program with the closest names if there is no such game.
+    """
+    games = {spec[4:-3] for spec in gym.registry if re.fullmatch(r"ALE/\w+-v5", spec)}
+    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
+    if name not in games:
+        lower = {game.lower(): game for game in games}
+        close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, cutoff=0.5)]
+        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close or ['Breakout', 'Pong'])}?")
+    return name
+
+
+class Atari(gym.Wrapper):
+    """One Atari game as the network sees it (Mnih et al. 2015, Methods).
+
+    Observations are ``uint8 [4, 84, 84]``, the newest frame last, zeros before an episode's first frame; they are
+    views that the next ``step`` or ``reset`` overwrites. A frame is the maximum of the last two of 4 emulator frames
+    in ALE's grayscale, resized by area. Rewards are clipped to their sign. When a game ends, ``info["episode"]`` has
+    its true return ``r``, its length ``l`` in agent steps, and ``unique_frames``, the share of its frames that had
+    not occurred before in it: it falls when an agent farms one reward in a loop.
+
+    An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
+    at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
+    is such an action.
+    """
+
+    def __init__(self, args: Args):
+        self.game = game_name(args.env_id)
+        env = gym.make(
+            f"ALE/{self.game}-v5",
+            obs_type="grayscale",
+            frameskip=1,
+            repeat_action_probability=args.sticky_actions,
+            full_action_space=args.full_action_space,
+            max_num_frames_per_episode=0,  # the limit is kept here, where it is told from the end of a game
+            render_mode="rgb_array",
+        )
+        super().__init__(env.unwrapped)
+        self.ale = self.unwrapped.ale
+        self.action_names = self.unwrapped.get_action_meanings()
+        self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
+        self.fire_action = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
+        self.max_episode_frames, self.episodic_life = args.max_episode_frames, args.episodic_life
+        self.observation_space = gym.spaces.Box(0, 255, (STACK, SIZE, SIZE), np.uint8)
+        self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
+        self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
+        self.game_ended, self.lives = True, 0
+        self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
+        if self.game_ended or seed is not None:
+            self.env.reset(seed=seed)
+            for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
+                self.ale.act(ale_py.Action.NOOP)
+                if self.ale.game_over(with_truncation=False):
+                    self.env.reset()
+            self.ale.getScreenGrayscale(self.screens[0])
+            self.screens[1] = 0
+            self.game_ended, self.lives = False, self.ale.lives()
+            self.episode_return, self.episode_length = 0.0, 0
+            self.frames_seen.clear()
+            self._push_frame()
+        self.stack[:-1] = 0
+        if self.fire_action is not None:
+            self._repeat_action(self.fire_action)
+            self.stack[:-1] = 0
+            if self.game_ended:
+                return self.reset()
+        return self.stack, {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Repeats the action for 4 emulator frames; the reward is the sign of their sum."""
+        reward = self._repeat_action(action)
+        lives = self.ale.lives()
+        # some games show 0 lives for a few frames before they end: those are no new episode
+        life_lost, self.lives = 0 < lives < self.lives, lives
+        terminated = self.game_ended or (self.episodic_life and life_lost)
+        truncated = not self.game_ended and self.ale.getEpisodeFrameNumber() >= self.max_episode_frames
+        self.game_ended |= truncated
+        info = {}
+        if self.game_ended:
+            info["episode"] = {"r": self.episode_return, "l": self.episode_length, "unique_frames": self.unique_frames}
+        return self.stack, float(np.sign(reward)), terminated, truncated, info
+
+    @property
+    def unique_frames(self) -> float:
+        return len(self.frames_seen) / (self.episode_length + 1)
+
+    def _repeat_action(self, action: int) -> float:
+        reward = 0.0
+        for frame in range(FRAME_SKIP):
+            reward += self.ale.act(self.emulator_actions[action])
+            self.game_ended = self.ale.game_over(with_truncation=False)
+            if self.game_ended:
+                break
+            if frame >= FRAME_SKIP - 2:
+                self.ale.getScreenGrayscale(self.screens[FRAME_SKIP - 1 - frame])
+        self.episode_return += reward
+        self.episode_length += 1
+        self._push_frame()
+        return reward
+
+    def _push_frame(self) -> None:
+        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
+        self.stack[:-1] = self.stack[1:]
+        cv2.resize(self.screens[0], (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
+        self.frames_seen.add(zlib.crc32(self.stack[-1]))  # a collision in every dozenth of the longest games
+
+    def state_dict(self) -> dict:
+        """All that the rest of the game depends on, as plain values: torch's threads do not survive the fork."""
+        return {
+            "emulator": self.ale.cloneSystemState().serialize(),
+            "random": self.unwrapped.np_random.bit_generator.state,
+            "screens": self.screens.tobytes(),
+            "stack": self.stack.tobytes(),
+            "frames_seen": np.array(sorted(self.frames_seen), np.uint32).tobytes(),
+            "counters": [self.game_ended, self.lives, self.episode_return, self.episode_length],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
+        self.unwrapped.np_random.bit_generator.state = state["random"]
+        self.screens.flat, self.stack.flat = (np.frombuffer(state[name], np.uint8) for name in ("screens", "stack"))
+        self.frames_seen = set(np.frombuffer(state["frames_seen"], np.uint32).tolist())
+        self.game_ended, self.lives, self.episode_return, self.episode_length = state["counters"]
+
+
+# -------------------------------------------------------------------------------------- vector of environments
+
+
+class EnvSlice:
+    """The environments that one process steps, one after another, on their rows of the shared arrays."""
+
+    def __init__(self, args: Args, first: int, last: int, buffers: dict[str, tuple]):
+        self.first, self.envs = first, [Atari(args) for _ in range(first, last)]
+        self.arrays = {name: array[first:last] for name, array in as_arrays(buffers).items()}
+
+    def send(self, message: tuple[str, list]) -> None:
+        """Calls the method named first with the argument that follows; ``recv`` returns the result, as a pipe does."""
+        method, argument = message
+        self.result = getattr(self, method)(argument)
+
+    def recv(self):
+        return self.result
+
+    def close(self) -> None:
+        pass
+
+    def reset(self, seeds: list[int]) -> None:
+        for env, seed, observation in zip(self.envs, seeds, self.arrays["observations"]):
+            observation[:] = env.reset(seed=seed)[0]
+
+    def step(self, actions: list[int]) -> list[dict]:
+        """Steps every environment and starts its next episode when one ends; returns the games that ended."""
+        games, a = [], self.arrays
+        for i, (env, action) in enumerate(zip(self.envs, actions)):
+            observation, a["rewards"][i], terminated, truncated, info = env.step(action)
+            a["terminated"][i], a["truncated"][i] = terminated, truncated
+            if truncated:
+                a["final_observations"][i] = observation
+            a["observations"][i] = env.reset()[0] if terminated or truncated else observation
+            games += [info["episode"] | {"env": self.first + i}] if info else []
+        return games
+
+    def state_dict(self, _) -> list[dict]:
+        return [env.state_dict() for env in self.envs]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for env, state, observation in zip(self.envs, states, self.arrays["observations"]):
+            env.load_state_dict(state)
+            observation[:] = env.stack
+
+
+def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
+    return {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, dtype, shape) in buffers.items()}
+
+
+def work(pipe, inherited: list, args: Args, first: int, last: int, buffers: dict[str, tuple]) -> None:
+    """Body of a worker process: serves an ``EnvSlice`` until the main process closes the pipe or dies."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and job schedulers signal every process: the main one
+        signal.signal(number, signal.SIG_IGN)  # decides, and needs the games for its checkpoint
+    for connection in inherited:  # the main process's ends: open here, they would hide its death
+        connection.close()
+    try:
+        envs = EnvSlice(args, first, last, buffers)
+        while True:
+            envs.send(pipe.recv())
+            pipe.send(envs.recv())
+    except (EOFError, ConnectionError):
+        pass
+    except Exception:
+        pipe.send(RuntimeError(traceback.format_exc()))
+
+
+class AtariVector:
+    """``num_envs`` games, split over worker processes that share one set of arrays with the learner.
+
+    ``send`` starts a step and ``recv`` ends it, so that the learner works while the emulators run. A life or game
+    that ends is followed at once by the next, whose first observation is then in ``observations``. With
+    ``num_workers`` 0 the games run in this process. Create it before CUDA, threads or W&B start, since it forks.
+    """
+
+    def __init__(self, args: Args):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        num_workers = min(cores, args.num_envs) if args.num_workers is None else args.num_workers
+        self.num_envs, self.num_actions = args.num_envs, int(Atari(args).action_space.n)
+        context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+        buffers = {}
+        for name, dtype, shape in (
+            ("observations", np.uint8, (args.num_envs, STACK, SIZE, SIZE)),
+            ("rewards", np.float32, (args.num_envs,)),
+            ("terminated", np.bool_, (args.num_envs,)),
+            ("truncated", np.bool_, (args.num_envs,)),
+            ("final_observations", np.uint8, (args.num_envs, STACK, SIZE, SIZE)),
+        ):
+            buffers[name] = (context.RawArray("B", math.prod(shape) * np.dtype(dtype).itemsize), dtype, shape)
+        self.arrays = as_arrays(buffers)
+        self.bounds = [args.num_envs * i // max(num_workers, 1) for i in range(max(num_workers, 1) + 1)]
+        self.pipes, self.workers = [], []
+        atexit.register(self.close)
+        for first, last in zip(self.bounds, self.bounds[1:]):
+            if num_workers == 0:
+                self.pipes.append(EnvSlice(args, first, last, buffers))
+                continue
+            pipe, child_pipe = context.Pipe()
+            self.pipes.append(pipe)
+            arguments = (child_pipe, self.pipes, args, first, last, buffers)
+            worker = context.Process(target=work, args=arguments, daemon=True)
+            worker.start()
+            child_pipe.close()  # so that the death of the worker closes the pipe
+            self.workers.append(worker)
+
+    def send(self, actions: np.ndarray) -> None:
+        """Starts a step with ``actions`` (int64 [num_envs])."""
+        self._send("step", actions.tolist())
+
+    def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Waits for the step: observations, rewards, terminated, truncated (views) and the games that ended.
+
+        A game is its ``info["episode"]`` with the number of its environment, ``env``. The last observation of a
+        truncated episode is in ``arrays["final_observations"]``.
+        """
+        games = self._recv()
+        return *(self.arrays[name] for name in ("observations", "rewards", "terminated", "truncated")), games
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Starts a new game everywhere, environment ``i`` with seed ``seed + i``; returns the observations."""
+        self._send("reset", range(seed, seed + self.num_envs))
+        self._recv()
+        return self.arrays["observations"]
+
+    def state_dict(self) -> list[dict]:
+        """The states of all environments; not between ``send`` and ``recv``."""
+        self._send("state_dict", [None] * self.num_envs)
+        return self._recv()
+
+    def load_state_dict(self, states: list[dict]) -> np.ndarray:
+        self._send("load_state_dict", states)
+        self._recv()
+        return self.arrays["observations"]
+
+    def close(self) -> None:
+        """Ends the workers; also called when the program ends."""
+        for pipe in self.pipes:
+            pipe.close()
+        for worker in self.workers:
+            worker.join(timeout=5)
+            worker.kill()
+            worker.join()
+
+    def _send(self, method: str, items: list) -> None:
+        """Starts a method of every slice on its share of ``items``, one for each environment."""
+        for i, pipe in enumerate(self.pipes):
+            try:
+                pipe.send((method, items[self.bounds[i] : self.bounds[i + 1]]))
+            except OSError:
+                self._fail(i)
+
+    def _recv(self) -> list:
+        results = []
+        for i, pipe in enumerate(self.pipes):
+            try:
+                result = pipe.recv()
+            except (EOFError, OSError):
+                self._fail(i)
+            if isinstance(result, Exception):
+                sys.exit(f"error: environment worker {i} failed:\n{result}")
+            results += result or []
+        return results
+
+    def _fail(self, i: int) -> None:
+        worker, games = self.workers[i], f"{self.bounds[i]} to {self.bounds[i + 1] - 1}"
+        worker.join(timeout=5)
+        sys.exit(f"error: environment worker {i} (process {worker.pid}, environments {games}) died with exit code"
+                 f" {worker.exitcode}: go on from the last checkpoint with --resume")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ ranks
+
+
+def own_share(args: Args) -> Args:
+    """The flags of this rank: its share of the games and of the processes that run them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_envs = args.num_envs // WORLD_SIZE
+    default = min(cores // LOCAL_WORLD_SIZE, num_envs)
+    num_workers = default if args.num_workers is None else args.num_workers // WORLD_SIZE
+    return replace(args, num_envs=num_envs, num_workers=num_workers)
+
+
+def join_ranks(device: torch.device) -> None:
+    """Waits for all ranks; after this they can work together."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    # On one machine, torchrun can start its ranks anew with the store of those before, whose addresses are still there.
+    attempt = RESTARTS if LOCAL_WORLD_SIZE == WORLD_SIZE else 0
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+
+
+def together(operation, *arguments) -> None:
+    """Calls an operation of ``torch.distributed`` that needs all ranks; ends the program if one of them has ended."""
+    try:
+        operation(*arguments)
+    except RuntimeError as error:
+        reason = str(error).split(". ")[0]
+        sys.exit(f"error: rank {RANK} has lost another rank: go on from the last checkpoint with --resume ({reason})")
+
+
+def gather(item) -> list:
+    """The items of all ranks, in their order."""
+    items = [item] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        together(dist.all_gather_object, items, item)
+    return items
+
+
+def average(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of ``tensor`` over all ranks, in its place."""
+    if WORLD_SIZE > 1:
+        together(dist.all_reduce, tensor)
+        tensor /= WORLD_SIZE
+    return tensor
+
+
+LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[
+    0
+]  # a folder that each torchrun has of its own
+
+
+def resume_after_restart() -> None:
+    """If torchrun has started the ranks anew, adds --resume with the last checkpoint of this launch to the flags."""
+    if RESTARTS == 0 or (args := tyro.cli(Args)).resume:
+        return
+    runs = Path(args.run_dir).glob(f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}__*/checkpoint.pt")
+    for path in sorted(runs, key=os.path.getmtime, reverse=True):
+        if LAUNCH in [rank["launch"] for rank in load(path, needs="ranks")["ranks"]]:
+            sys.argv += ["--resume", str(path)]
+            return
+
+
+# ---------------------------------------------------------------------------------------------------- network
+
+
+class ActorCritic(nn.Module):
+    """The network of Mnih et al. 2015 with two heads: observations uint8 [batch, 4, 84, 84] to logits and values.
+
+    The logits are those of the policy, float32 [batch, actions], the values float32 [batch]. ``dtype`` is the precision
+    in which the trunk computes; its weights stay float32.
+    """
+
+    def __init__(self, num_actions: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype = dtype
+        self.trunk = nn.Sequential(
+            nn.Conv2d(STACK, 32, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(),
+        )
+        self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
+        gains = {self.actor: 0.01, self.critic: 1.0}  # a policy that is almost uniform at the start
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
+                nn.init.zeros_(layer.bias)
+        self.trunk.to(memory_format=torch.channels_last)
+
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # the first convolution is faster when its input is channels_last too, and bytes are the cheapest to reorder
+        observations = observations.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(observations.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features = self.trunk(observations.to(self.dtype) / 255)
+        return self.actor(features.float()), self.critic(features.float()).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------- rollout
+
+
+class Minibatch(NamedTuple):
+    observations: torch.Tensor  # uint8 [size, 4, 84, 84]
+    actions: torch.Tensor  # int64 [size]
+    logprobs: torch.Tensor  # float32 [size], of the actions under the policy that drew them
+    values: torch.Tensor  # float32 [size], as they were estimated then
+    returns: torch.Tensor  # float32 [size], what the values are to be
+
+
+class Rollout:
+    """An iteration's steps on ``device``: row t of each array is step t of all environments.
+
+    ``observations`` and ``values`` have one row more, for the state that the next iteration starts from.
+    """
+
+    def __init__(self, num_steps: int, num_envs: int, gamma: float, gae_lambda: float, device: torch.device):
+        self.gamma, self.gae_lambda = gamma, gae_lambda
+        shape, longer = (num_steps, num_envs), (num_steps + 1, num_envs)
+        self.observations = torch.zeros(*longer, STACK, SIZE, SIZE, dtype=torch.uint8, device=device)
+        self.values = torch.zeros(longer, device=device)
+        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logprobs, self.advantages, self.returns = (torch.zeros(shape, device=device) for _ in range(3))
+
+    def estimate_advantages(self, rewards: torch.Tensor, ends: torch.Tensor) -> None:
+        """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
+
+        ``rewards`` are float32 and ``ends`` bool, [num_steps, num_envs]; an end is a step after which nothing more is
+        to be had. The reward of a step that was truncated includes the discounted value of the state it led to.
+        """
+        discounts = self.gamma * ~ends
+        deltas = rewards + discounts * self.values[1:] - self.values[:-1]
+        advantages = torch.zeros_like(deltas[0])
+        for step in reversed(range(len(deltas))):
+            advantages = deltas[step] + self.gae_lambda * discounts[step] * advantages
+            self.advantages[step] = advantages
+        torch.add(self.advantages, self.values[:-1], out=self.returns)
+
+    def minibatch(self, indices: torch.Tensor) -> Minibatch:
+        """The steps with the numbers ``indices`` (int64 [size]), counted row by row."""
+        arrays = (self.observations[:-1], self.actions, self.logprobs, self.values[:-1], self.returns)
+        return Minibatch(*(array.flatten(0, 1).index_select(0, indices) for array in arrays))
+
+
+def deviations(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, size] less their means, which are taken over the rows of all ranks, as are all statistics."""
+    return rows - average(rows.mean(1, keepdim=True))
+
+
+def normalize(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, size] with mean 0 and standard deviation 1 each."""
+    rows, count = deviations(rows), rows.shape[1] * WORLD_SIZE
+    variances = average(rows.square().mean(1, keepdim=True)) * count / (count - 1)
+    return rows / (variances.sqrt() + 1e-8)
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """The share of the returns' variance that the values foresaw: 1 for perfect ones, 0 for the best constant."""
+    rows = deviations(torch.stack([returns.flatten(), (returns - values).flatten()]))
+    variance, unexplained = average(rows.square().mean(1)).tolist()
+    return 1 - unexplained / variance if variance else math.nan
+
+
+# ---------------------------------------------------------------------------------------------------- learner
+
+
+class Agent:
+    """Network and optimizer. On CUDA, acting and both halves of an update are captured as graphs."""
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device):
+        self.args = args
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
+        self.network = ActorCritic(num_actions, dtype).to(device)
+        self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a graph would keep a number as it is
+        options = {"fused": True, "capturable": device.type == "cuda"} if device.type != "mps" else {}
+        self.optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate, eps=1e-5, **options)
+        self.metrics = torch.zeros(len(METRICS), device=device)  # of the last minibatch
+        self.losses = torch.zeros(len(METRICS) + 1, device=device)  # sums of the metrics since the last log, count
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Actions drawn from the policy, int64, their log probabilities and the values, float32, all [num_envs]."""
+        logits, values = self.network(observations)
+        log_policy = logits.log_softmax(1)
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        actions = (log_policy + gumbel).argmax(1)
+        return actions, log_policy.gather(1, actions[:, None]).squeeze(1), values
+
+    @torch.no_grad()
+    def value(self, observations: torch.Tensor) -> torch.Tensor:
+        """Values, float32 [num_envs]."""
+        return self.network(observations)[1]
+
+    @torch.no_grad()
+    def think(self, observation: torch.Tensor, rng: np.random.Generator) -> tuple[tuple[np.ndarray, float], int]:
+        """What the overlay shows of one observation and an action drawn from the policy.
+
+        That is the probability of each action, float32 [actions], and the value.
+        """
+        logits, value = self.network(observation[None])
+        log_policy = logits[0].log_softmax(0).cpu().numpy()
+        action = int((log_policy + rng.gumbel(size=len(log_policy))).argmax())
+        return (np.exp(log_policy), value.item()), action
+
+    def compute_gradients(self, observations, actions, logprobs, values, returns, advantages) -> None:
+        """Gradients of the loss (Schulman et al. 2017, eq. 7 and 9) of a ``Minibatch`` and its advantages [size]."""
+        args = self.args
+        logits, new_values = self.network(observations)
+        log_policy = logits.log_softmax(1)
+        log_ratio = log_policy.gather(1, actions[:, None]).squeeze(1) - logprobs
+        ratio = log_ratio.exp()
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+        entropy = -(log_policy.exp() * log_policy).sum(1).mean()
+        value_errors = (new_values - returns).square()
+        if args.clip_vloss:
+            clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+            value_errors = torch.max(value_errors, (clipped_values - returns).square())
+        value_loss = 0.5 * value_errors.mean()
+        loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+            clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
+            metrics = (policy_loss, value_loss, entropy, -log_ratio.mean(), approx_kl, clipfrac)
+            torch.stack(metrics, out=self.metrics)
+
+    @torch.no_grad()
+    def average_gradients(self) -> None:
+        """Gradients and metrics become their means over all ranks, in one all-reduce."""
+        if WORLD_SIZE > 1:
+            tensors = [*(parameter.grad for parameter in self.network.parameters()), self.metrics]
+            flat = average(torch.cat([tensor.flatten() for tensor in tensors]))
+            for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(mean.view_as(tensor))
+
+    def apply_gradients(self) -> None:
+        """Adam's step along the gradients."""
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.losses[:-1] += self.metrics
+        self.losses[-1] += 1
+
+    def mean_losses(self) -> dict[str, float]:
+        """Means since ``losses`` was last set to zero; ends the program if the loss is not finite."""
+        *sums, count = self.losses.tolist()
+        if not math.isfinite(loss := sums[0] + sums[1]):
+            sys.exit(f"error: the loss became {loss}: go on from the last checkpoint with a lower --learning-rate")
+        return {f"losses/{name}": total / count for name, total in zip(METRICS, sums)} if count else {}
+
+    def state_dict(self) -> dict:
+        parts = ("network", "optimizer")
+        return {name: getattr(self, name).state_dict() for name in parts} | {"losses": self.losses}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on using the file's tensors
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate
+        self.losses.copy_(state["losses"])
+
+
+class CudaGraph:
+    """Calls ``function`` three times as it is, then captures it and replays it as one CUDA graph.
+
+    Capture needs those calls to warm up cuDNN and the optimizer; they count like any other. Inputs are copied into
+    fixed tensors; each call overwrites the outputs of the one before.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.calls = function, None, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        if self.calls < 3:
+            self.calls += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for fixed, x in zip(self.inputs, inputs):
+            fixed.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``array`` on the device; on CUDA it is made without waiting."""
+    tensor = torch.as_tensor(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone().to(device)
+
+
+# -------------------------------------------------------------------------------------- overlay and recorder
+
+GROUND, QUIET, GRID, BAR = (18, 19, 23), (139, 143, 151), (52, 55, 62), (86, 110, 142)
+GREEDY, CHOSEN, TEXT = (80, 176, 240), (255, 196, 92), (236, 237, 240)
+GAIN, LOSS = (112, 200, 104), (232, 92, 92)
+FONT = cv2.FontFace("sans")
+TRACE_STEPS = 150  # 10 seconds of play
+
+
+def number(value: float) -> str:
+    """At most 8 characters: 2.413, -1,250.5, 3.2e+30, nan."""
+    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e4 else f"{value:.2g}"
+
+
+def finite_range(values: np.ndarray) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+
+
+class Overlay(gym.Wrapper):
+    """Draws the game beside what the network thinks of it, 960x630, RGB.
+
+    Call ``think`` with the values of the state before each ``step``; ``render`` then returns the picture of that
+    state (one array, overwritten by the next call). Drawing is left to ``render``: steps that are not recorded cost
+    nothing.
+    """
+
+    WIDTH, HEIGHT = 960, 630
+    LEFT, RIGHT = 504, 936  # of the panel's content
+
+    def __init__(self, env: Atari, subtitle: str, epsilon: float):
+        super().__init__(env)
+        self.subtitle, self.epsilon = subtitle, epsilon
+        self.canvas = np.empty((self.HEIGHT, self.WIDTH, 3), np.uint8)
+        self.screen = np.empty((*env.ale.getScreenDims(), 3), np.uint8)
+        self.new_game()
+
+    def new_game(self) -> None:
+        self.values, self.entropies = deque(maxlen=TRACE_STEPS), deque(maxlen=TRACE_STEPS)  # of the last states
+        self.rewards = deque(maxlen=TRACE_STEPS)  # reward before each of them
+        self.last_return = 0.0
+
+    def reset(self, **kwargs):
+        if self.env.game_ended:
+            self.new_game()
+        return self.env.reset(**kwargs)
+
+    def think(self, thoughts: tuple[np.ndarray, float], action: int) -> None:
+        """Notes the probability of each action in the current state, its value and the action about to be taken."""
+        self.probabilities, value = thoughts
+        self.action, self.greedy = action, int(np.argmax(self.probabilities))
+        self.values.append(value)
+        self.entropies.append(-float((self.probabilities * np.log(self.probabilities + 1e-12)).sum()))
+        self.rewards.append(self.env.episode_return - self.last_return)
+        self.last_return = self.env.episode_return
+
+    def render(self) -> np.ndarray:
+        cv2.rectangle(self.canvas, (self.WIDTH // 2, 0), (self.WIDTH - 1, self.HEIGHT - 1), GROUND, -1)
+        self.env.ale.getScreenRGB(self.screen)
+        game = self.canvas[:, : self.WIDTH // 2]
+        cv2.resize(self.screen, (self.WIDTH // 2, self.HEIGHT), dst=game, interpolation=cv2.INTER_NEAREST)
+        self.text(self.env.game, self.LEFT, 40, TEXT, 22, 600)
+        self.text(self.subtitle, self.LEFT, 64, QUIET, 14)
+        if self.action != self.greedy:
+            self.text("exploring", self.RIGHT, 64, CHOSEN, 14, 600, right=True)
+        self.draw_policy(top=104, bottom=394)
+        low, high = finite_range(np.array(self.values))
+        scale = f"{number(low)} to {number(high)}"
+        self.draw_trace("V(s), last 10 s", self.values, low, high, scale, top=430, bottom=480)
+        high = math.log(len(self.probabilities))
+        scale = f"0 (certain) to {number(high)} (uniform)"
+        self.draw_trace("entropy, last 10 s", self.entropies, 0.0, high, scale, top=510, bottom=550)
+        self.draw_facts(top=581)
+        return self.canvas
+
+    def draw_policy(self, top: int, bottom: int) -> None:
+        """One bar an action, as long as the action is probable."""
+        self.text("probability of each action", self.LEFT, top - 14, QUIET, 14)
+        self.text("framed: the one taken", self.RIGHT, top - 14, QUIET, 14, right=True)
+        pitch = min(36, (bottom - top) // len(self.probabilities))
+        size = min(15, pitch - 3)
+        left, width = self.LEFT + 130, 240
+        for i, (name, value) in enumerate(zip(self.env.action_names, self.probabilities.tolist())):
+            y = top + i * pitch
+            greedy = i == self.greedy
+            cv2.rectangle(self.canvas, (left, y + 3), (left + width, y + pitch - 4), GRID, -1)
+            if value > 0:
+                color = GREEDY if greedy else BAR
+                cv2.rectangle(self.canvas, (left, y + 3), (left + round(width * value), y + pitch - 4), color, -1)
+            if i == self.action:
+                cv2.rectangle(self.canvas, (left - 4, y), (left + width + 4, y + pitch - 1), CHOSEN, 2)
+            bold, color = (600, TEXT) if i == self.action or greedy else (400, QUIET)
+            self.text(name, self.LEFT, y + (pitch + size) // 2 - 2, color, size, bold)
+            self.text(number(value), self.RIGHT, y + (pitch + size) // 2 - 2, color, size, bold, right=True)
+
+    def draw_trace(self, title, history, low: float, high: float, scale, top: int, bottom: int) -> None:
+        """``history`` between ``low`` and ``high``; a green line where a reward came, a red one for a penalty."""
+        values, rewards = np.array(history), np.array(self.rewards)
+        self.text(title, self.LEFT, top - 10, QUIET, 14)
+        self.text(scale, self.RIGHT, top - 10, QUIET, 14, right=True)
+        cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
+        x = self.RIGHT - (len(values) - 1 - np.arange(len(values))) * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
+        for at, reward in zip(x, rewards):
+            if reward:
+                cv2.line(self.canvas, (round(at), top), (round(at), bottom), GAIN if reward > 0 else LOSS, 1)
+        y = bottom - (values - low) / ((high - low) or 1.0) * (bottom - top)
+        shown = np.isfinite(values)
+        points = np.stack([x, y], 1)[shown].round().astype(np.int32)
+        cv2.polylines(self.canvas, [points], False, GREEDY, 2, cv2.LINE_AA)
+
+    def draw_facts(self, top: int) -> None:
+        env = self.env
+        facts = {"return": f"{env.episode_return:,.0f}", "step": f"{env.episode_length:,}"}
+        facts |= {"epsilon": f"{self.epsilon:g}", "unique frames": f"{env.unique_frames:.2f}", "lives": str(env.lives)}
+        for x, (name, value) in zip((0, 100, 180, 262, 392), facts.items()):
+            self.text(name, self.LEFT + x, top, QUIET, 14)
+            self.text(value, self.LEFT + x, top + 23, TEXT, 18, 600)
+
+    def text(self, text, x, y, color, size, weight=400, right=False) -> None:
+        align = cv2.PUT_TEXT_ALIGN_RIGHT if right else cv2.PUT_TEXT_ALIGN_LEFT
+        cv2.putText(self.canvas, text, (x, y), color, FONT, size, weight, align)
+
+
+class Recorder:
+    """Streams pictures into an mp4 file, 15 a second; a failure is reported once and never ends a run."""
+
+    def __init__(self, path: Path, length: int):
+        self.path, self.length, self.count, self.writer, self.still = path, length, 0, None, None
+
+    def write(self, env: Overlay) -> None:
+        """Adds one picture of ``env``, unless the video has its full length or has failed."""
+        if self.count >= self.length:
+            return
+        picture = env.render()
+        try:
+            if self.writer is None:
+                from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                size, fps = picture.shape[1::-1], 60 / FRAME_SKIP
+                self.writer = FFMPEG_VideoWriter(str(self.path), size, fps, preset="veryfast", threads=1)
+            self.writer.write_frame(picture)
+            self.count += 1
+            if self.count & (self.count - 1) == 0:  # the last power of two lies in the second half of the video
+                self.still = picture.copy()
+        except Exception as error:
+            self.fail(error)
+
+    def close(self) -> None:
+        try:
+            if self.writer:
+                self.writer.close()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        warnings.warn(f"no video {self.path}: {str(error).strip() or type(error).__name__}", stacklevel=2)
+        self.length = self.count = 0
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save(path: Path, contents: dict) -> bool:
+    """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        return True
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        beside.unlink(missing_ok=True)
+        warnings.warn(f"{path} was not written, what was there before is kept: {error}", stacklevel=2)
+        return False
+
+
+def model(args: Args, agent: Agent, global_step: int) -> dict:
+    """What ``--evaluate`` needs; the flags without the paths that this start was given."""
+    flags = asdict(args) | {"resume": None, "evaluate": None}
+    network = {"network": agent.network.state_dict()}
+    return {"algorithm": ALGORITHM, "args": flags, "global_step": global_step, "agent": network}
+
+
+def load(path: Path, needs: str) -> dict:
+    """Opens a checkpoint or a model; ends the program if it is missing, damaged, of another algorithm or lacks a part.
+
+    Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
+    """
+    if not path.is_file():
+        sys.exit(f"error: there is no file {path}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        algorithm = contents["algorithm"]
+    except Exception:
+        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
+    if algorithm != ALGORITHM:
+        sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
+    if needs not in contents:
+        sys.exit(f"error: {path} has no {needs}: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
+    return contents
+
+
+# ------------------------------------------------------------------------------------- evaluation and logging
+
+
+def start_wandb(args: Args, name: str, run_id: str | None = None):
+    """The W&B run, or None when disabled. Never asks for a login; records offline where online fails."""
+    if args.wandb_mode == "disabled":
+        return None
+    import wandb
+
+    mode = args.wandb_mode
+    if mode in ("auto", "online") and not wandb.login(prompt=False, verify=False):
+        if mode == "online":
+            sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
+        print("W&B: no login, so the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        mode = "offline"
+    mode = "online" if mode == "auto" else mode
+    settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=args.wandb_group, name=name)
+    settings |= dict(config=asdict(args), id=run_id, resume="allow" if run_id else None)
+    try:
+        run = wandb.init(mode=mode, **settings)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        print(f"W&B: {reason}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        run = wandb.init(mode="offline", **settings)
+    code = wandb.Artifact(f"{Path(__file__).stem}-source", type="code")
+    code.add_file(__file__)
+    run.log_artifact(code)
+    run.define_metric("global_step")
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
+    """Plays whole games, records the first, prints and logs the results.
+
+    All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
+    ends it early, without results.
+    """
+    env = Overlay(Atari(args), f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    rng = np.random.default_rng([args.seed, global_step])
+    video = run_dir / "videos" / f"{global_step:010d}.mp4"
+    recorder = Recorder(video, args.video_length if args.capture_video else 0)
+    episodes = []
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    while len(episodes) < args.eval_episodes and not stopped():
+        thoughts, action = agent.think(upload(observation, device), rng)
+        if rng.random() < args.eval_epsilon:
+            action = int(rng.integers(env.action_space.n))
+        env.think(thoughts, action)
+        if not episodes:
+            recorder.write(env)
+        observation, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            observation, _ = env.reset()
+        episodes += [info["episode"]] if info else []
+    recorder.close()
+    if len(episodes) < args.eval_episodes:
+        return
+    returns, lengths, unique_frames = ([episode[key] for episode in episodes] for key in ("r", "l", "unique_frames"))
+    mean, spread = float(np.mean(returns)), float(np.std(returns))
+    tqdm.write(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
+    if run:
+        import wandb
+
+        metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
+        metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
+        run.log(metrics)
+        if recorder.count:
+            try:
+                media = {"videos/eval": wandb.Video(str(video), format="mp4")}
+                media |= {"images/eval": wandb.Image(recorder.still), "global_step": global_step}
+                run.log(media)
+            except Exception as error:  # the encoder or the disk failed
+                recorder.fail(error)
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | None) -> int:
+    """Trains from the start or from ``checkpoint``; returns the exit code, 128 + the signal if one stopped it.
+
+    Every rank runs this with its share of the environments; what is logged, evaluated and saved is left to rank 0.
+    """
+    envs = AtariVector(own_share(args))
+    if WORLD_SIZE > 1:
+        join_ranks(device)
+    torch.manual_seed(args.seed + RANK)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
+
+    agent = Agent(args, envs.num_actions, device)
+    rollout = Rollout(args.num_steps, envs.num_envs, args.gamma, args.gae_lambda, device)
+    global_step, run_id = 0, None
+    if checkpoint:
+        global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
+        agent.load_state_dict(checkpoint["agent"])
+        own = checkpoint["ranks"][RANK]
+        rollout.observations[-1] = torch.from_numpy(envs.load_state_dict(own["envs"]))
+        torch.set_rng_state(own["torch_rng"])
+        if device.type == "cuda" and own["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(own["cuda_rng"])
+        checkpoint.clear()  # lets go of the file, so that the next checkpoint frees its space
+    else:
+        for parameter in agent.network.parameters() if WORLD_SIZE > 1 else ():
+            together(dist.broadcast, parameter.data, 0)
+        rollout.observations[-1] = torch.from_numpy(envs.reset(args.seed + RANK * envs.num_envs))
+
+    graph = CudaGraph if device.type == "cuda" else lambda function: function
+    act, value, estimate_advantages = graph(agent.act), graph(agent.value), graph(rollout.estimate_advantages)
+    compute_gradients = graph(lambda indices, x: agent.compute_gradients(*rollout.minibatch(indices), x))
+    apply_gradients = graph(agent.apply_gradients)
+    # kept in main memory until the iteration ends
+    rewards = np.zeros((args.num_steps, envs.num_envs), np.float32)
+    ends = np.zeros((args.num_steps, envs.num_envs), np.bool_)
+
+    run = start_wandb(args, run_dir.name, run_id) if RANK == 0 else None
+    stop_signals, exit_code = [], 1
+    # a second signal ends the program at once; but torchrun passes on signals that its ranks may have had already
+    again = signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stop_signals.append(number), signal.signal(number, again)))
+
+    def passed(frequency: int) -> int:
+        """How many multiples of ``frequency`` the last iteration has reached."""
+        before = global_step - args.num_steps * args.num_envs
+        return global_step // frequency - before // frequency if frequency else 0
+
+    def log(metrics: dict) -> None:
+        if run:
+            run.log({"global_step": global_step} | metrics)
+
+    def save_checkpoint() -> None:
+        agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
+        own = {"envs": envs.state_dict(), "torch_rng": torch.get_rng_state(), "launch": LAUNCH}
+        own |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+        ranks = gather(own)
+        if RANK == 0:
+            contents = model(args, agent, global_step) | {"agent": agent.state_dict(), "ranks": ranks}
+            save(run_dir / "checkpoint.pt", contents | {"wandb_run_id": run.id if run else None})
+
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=True if RANK else None)
+    returns, signals = deque(maxlen=20), []
+    clock, clock_step = time.perf_counter(), global_step
+    try:
+        while global_step < args.total_timesteps and not signals:
+            # play
+            games = []
+            rollout.observations[0] = rollout.observations[-1]
+            for step in range(args.num_steps):
+                actions, logprobs, values = act(rollout.observations[step])
+                envs.send(actions.cpu().numpy())
+                global_step += args.num_envs
+                rollout.actions[step], rollout.logprobs[step], rollout.values[step] = actions, logprobs, values
+                observations, rewards[step], terminated, truncated, ended = envs.recv()
+                rollout.observations[step + 1] = torch.from_numpy(observations)
+                ends[step] = terminated | truncated
+                cut_off = truncated & ~terminated
+                if cut_off.any():  # its last state's value stands for the rewards that the game still had
+                    final_values = value(upload(envs.arrays["final_observations"], device)).cpu().numpy()
+                    rewards[step] += args.gamma * final_values * cut_off
+                games += [game | {"global_step": global_step} for game in ended]
+
+            # learn
+            rollout.values[-1] = value(rollout.observations[-1])
+            estimate_advantages(upload(rewards, device), upload(ends, device))
+            remaining = 1 - (global_step - args.num_steps * args.num_envs) / args.total_timesteps
+            agent.learning_rate.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
+            for _ in range(args.update_epochs):
+                indices = torch.randperm(ends.size, device=device).view(args.num_minibatches, -1)
+                advantages = rollout.advantages.flatten()[indices]
+                for minibatch in zip(indices, normalize(advantages) if args.norm_adv else advantages):
+                    compute_gradients(*minibatch)
+                    agent.average_gradients()
+                    apply_gradients()
+                if args.target_kl and agent.metrics[METRICS.index("approx_kl")].item() > args.target_kl:
+                    break
+
+            # log
+            for game in sum(gather(games), []):
+                returns.append(game["r"])
+                log({"charts/episodic_return": game["r"], "charts/episodic_length": game["l"],
+                     "charts/unique_frames": game["unique_frames"], "global_step": game["global_step"]})  # fmt: skip
+            if passed(LOG_FREQUENCY):
+                sps = (global_step - clock_step) / (time.perf_counter() - clock)
+                explained = {"losses/explained_variance": explained_variance(rollout.values[:-1], rollout.returns)}
+                log({"charts/SPS": sps, "charts/learning_rate": agent.learning_rate.item()}
+                    | agent.mean_losses() | explained)  # fmt: skip
+                agent.losses.zero_()
+                bar.update(global_step - bar.n)
+                recent = f"{np.mean(returns):.1f}" if returns else "-"
+                bar.set_postfix_str(f"SPS {sps:.0f}, return {recent}")
+                clock, clock_step = time.perf_counter(), global_step
+
+            pause = time.perf_counter()
+            if passed(args.eval_frequency) and global_step < args.total_timesteps and RANK == 0:
+                evaluate(args, agent, device, global_step, run_dir, run, stopped=lambda: stop_signals)
+            signals = sum(gather(stop_signals), [])  # all ranks stop when one is told to
+            if passed(args.checkpoint_frequency) or signals:
+                save_checkpoint()
+            clock += time.perf_counter() - pause
+
+        saved = True
+        if signals:
+            exit_code = 128 + signals[0]
+            if RANK == 0:
+                print(f"stopped at step {global_step:,}; go on with: --resume {run_dir}")
+        else:
+            save_checkpoint()
+            if RANK == 0:
+                evaluate(args, agent, device, global_step, run_dir, run)
+                saved = save(run_dir / "model.pt", model(args, agent, global_step))
+            if run and saved:
+                run.log_model(str(run_dir / "model.pt"), name=f"{run_dir.name}-model")
+            exit_code = max(gather(0 if saved else 1))  # also waits for rank 0
+    finally:
+        bar.close()
+        envs.close()
+        if run:
+            run.finish(exit_code)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    return exit_code
+
+
+def main() -> int:
+    resume_after_restart()
+    args, contents = tyro.cli(Args), None
+    if args.resume or args.evaluate:
+        path = Path(args.resume or args.evaluate)
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        contents = load(path, needs="ranks" if args.resume else "agent")
+        saved = Args(**{name: value for name, value in contents["args"].items() if hasattr(Args, name)})
+        args = tyro.cli(Args, default=saved)
+    check_args(args)
+    game, device = game_name(args.env_id), find_device(args.device)
+    if WORLD_SIZE > 1 and device.type == "cuda":
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    args.precision = find_precision(args.precision, device)
+    if args.resume:
+        for name in FIXED_FLAGS:
+            if getattr(args, name) != getattr(saved, name):
+                sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
+        if len(contents["ranks"]) != WORLD_SIZE:
+            sys.exit(f"error: {path} is of {len(contents['ranks'])} ranks, here are {WORLD_SIZE}: start as many,"
+                     f" with torchrun --nproc-per-node")  # fmt: skip
+        return train(args, device, path.parent, contents)
+    run_dir = Path(args.run_dir) / f"{game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    if RANK == 0:
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            sys.exit(f"error: the run folder cannot be made: {error}")
+        print(f"{game} on {device}, {args.precision}: {run_dir}")
+    if not args.evaluate:
+        return train(args, device, run_dir, None)
+    agent = Agent(args, int(Atari(args).action_space.n), device)
+    try:
+        agent.network.load_state_dict(contents["agent"]["network"])
+    except RuntimeError:
+        sys.exit(f"error: the model in {path} does not fit the network of this script or the actions of {game}")
+    run = start_wandb(args, run_dir.name)
+    evaluate(args, agent, device, contents["global_step"], run_dir, run)
+    if run:
+        run.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
