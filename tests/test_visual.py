@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_command_line import run, run_folder, wandb_records
 from test_learner import random_batch
 from test_overlay import read_video
@@ -531,25 +532,12 @@ def test_layout_adapts_to_the_chosen_panels(count):
     assert boxes["facts"].bottom < boxes["q_values"].top  # in the order given
 
 
-MARGIN_PANEL = '''
-class Margin:
-    """How far the best Q-value lies above the second best: near 0, the choice matters little."""
-
-    width, height = 1, 80
-
-    def draw(self, canvas, box, state):
-        margins = [np.diff(np.sort(step.q_values)[-2:])[0] for step in state.steps]
-        box = canvas.title(box, "margin of the best action", number(margins[-1]))
-        canvas.curves(box, margins, GAIN)
-
-
-PANELS["margin"] = Margin
-'''
+MARGIN_PANEL = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
 
 @pytest.mark.parametrize("panels", [(), ("game", "margin"), ("margin", "facts")])
 def test_adding_a_panel(monkeypatch, panels):
-    """As README does it: in ten lines, it is drawn, and nothing else has to know of it."""
+    """README's example, about ten lines: it is drawn, and nothing else has to know of it."""
     monkeypatch.setattr(dqn_atari_visual, "PANELS", dict(PANELS))
     exec(MARGIN_PANEL, vars(dqn_atari_visual))
     monkeypatch.delattr(dqn_atari_visual, "Margin")
