@@ -891,7 +891,7 @@ class Step(NamedTuple):
 class Game:
     """The screen and, over it, the pixels behind the greedy action's Q-value."""
 
-    width, height = 480, 720  # a column of its own
+    width, height = 480, 720  # in pixels: a column of its own
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
         screen, saliency = state.env.ale.getScreenRGB(), state.saliency
@@ -1266,7 +1266,7 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
 
         metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
         metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
-        q_values = np.concatenate(last_q_values)
+        q_values = np.concatenate(last_q_values).astype(float)
         metrics["eval/q_values"] = wandb.Histogram(q_values[np.isfinite(q_values)])
         edges = np.arange(len(action_counts) + 1) - 0.5
         metrics["eval/actions"] = wandb.Histogram(np_histogram=(action_counts, edges))
