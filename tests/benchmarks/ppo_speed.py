@@ -1,0 +1,113 @@
+"""Agent steps per second of PPO on Breakout: ppo_atari.py against Stable-Baselines3, by number of games.
+
+    python tests/benchmarks/ppo_speed.py
+    python tests/benchmarks/ppo_speed.py --num-envs 8 --iterations 10 --rounds 1
+    python tests/benchmarks/ppo_speed.py --only sb3-8-subproc
+
+Both with the same hyperparameters, those of ppo_atari.py: 128 steps of each game an iteration, 4 passes over 4
+minibatches, Adam at 2.5e-4. Stable-Baselines3 plays its games in its own process or in processes of theirs; the
+faster counts, and it is measured with the first number of games only. The first two iterations are left out. Every
+contestant has a process of its own; ppo_atari.py is started as from the shell and its charts/SPS are read from the
+W&B file.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from common import MISSING, ROOT, median_ratio, play_rounds, print_machine, print_table, run, script_speed
+
+NUM_STEPS = 128
+
+
+def ours(num_envs: int, precision: str, iterations: int) -> float:
+    rollout = NUM_STEPS * num_envs
+    return script_speed(
+        "ppo_atari.py", f"--num-envs {num_envs} --precision {precision}", 2 * rollout, iterations * rollout
+    )
+
+
+def sb3(num_envs: int, kind: str, iterations: int) -> float:
+    import ale_py
+    import gymnasium as gym
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
+
+    gym.register_envs(ale_py)
+    starts = []  # of the iterations
+
+    class Clock(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            starts.append(time.perf_counter())
+
+        def _on_step(self) -> bool:
+            return True
+
+    vec_env = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[kind]
+    envs = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", num_envs, seed=1, vec_env_cls=vec_env), 4)
+    rollout = NUM_STEPS * num_envs
+    agent = PPO(
+        "CnnPolicy",
+        envs,
+        learning_rate=2.5e-4,
+        n_steps=NUM_STEPS,
+        batch_size=rollout // 4,
+        n_epochs=4,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_range=0.1,
+        clip_range_vf=0.1,
+        ent_coef=0.01,
+        vf_coef=0.5,
+        max_grad_norm=0.5,
+        seed=1,
+    )
+    agent.learn((2 + iterations + 1) * rollout, callback=Clock())
+    envs.close()
+    return iterations * rollout / (starts[2 + iterations] - starts[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-envs", nargs="+", type=int, default=[8, 16, 32, 64], help="games (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=10, help="iterations on the clock (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all contestants (%(default)s)")
+    parser.add_argument("--only", metavar="NAME", help="run one contestant once and print its steps a second")
+    args = parser.parse_args()
+    first = args.num_envs[0]
+    contestants = {f"ours-{first}-float32": partial(ours, first, "float32", args.iterations)}
+    contestants |= {f"ours-{n}-auto": partial(ours, n, "auto", args.iterations) for n in args.num_envs}
+    if importlib.util.find_spec("stable_baselines3"):
+        kinds = ("dummy", "subproc")
+        contestants |= {f"sb3-{first}-{kind}": partial(sb3, first, kind, args.iterations) for kind in kinds}
+    else:
+        print(f"Stable-Baselines3: {MISSING}")
+    if args.only:
+        if args.only not in contestants:
+            parser.error(f"--only {args.only} is none of {', '.join(contestants)}")
+        print(contestants[args.only]())
+        return
+    print_machine()
+
+    def only(name: str) -> float:
+        flags = ["--only", name, "--iterations", args.iterations, "--num-envs", *args.num_envs]
+        return float(run([sys.executable, Path(__file__).resolve(), *flags], ROOT).split()[-1])
+
+    figures = play_rounds({name: partial(only, name) for name in contestants}, args.rounds)
+    peers = [name for name in figures if name.startswith("sb3")]
+    fastest = max(peers, key=lambda name: statistics.median(figures[name]), default=None)
+    rows = []
+    for name, rates in figures.items():
+        ratio = f"{median_ratio(rates, figures[fastest]):.2f} x" if fastest else "-"
+        rows.append((name, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}", ratio))
+    print_table((f"{args.iterations} iterations, {args.rounds} rounds", "steps/s", "range", fastest or "-"), rows)
+
+
+if __name__ == "__main__":
+    main()
