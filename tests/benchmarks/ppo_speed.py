@@ -19,8 +19,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import ale_py
+import gymnasium as gym
 from common import MISSING, ROOT, median_ratio, play_rounds, print_machine, print_table, run, script_speed
 
+gym.register_envs(ale_py)  # at the top, for the processes of SubprocVecEnv
 NUM_STEPS = 128
 
 
@@ -32,14 +35,11 @@ def ours(num_envs: int, precision: str, iterations: int) -> float:
 
 
 def sb3(num_envs: int, kind: str, iterations: int) -> float:
-    import ale_py
-    import gymnasium as gym
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
-    gym.register_envs(ale_py)
     starts = []  # of the iterations
 
     class Clock(BaseCallback):
