@@ -1235,8 +1235,9 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
-    episodes, last_q_values = [], deque(maxlen=HISTOGRAM_STATES)
-    action_counts = np.zeros(env.action_space.n, np.int64)
+    episodes, action_counts = [], np.zeros(env.action_space.n, np.int64)
+    # one array for all: a queue of small ones, made and freed among large buffers, lets the heap grow without end
+    last_q_values = np.full((HISTOGRAM_STATES, env.action_space.n), np.nan, np.float32)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while len(episodes) < args.eval_episodes and not stopped():
         observation = upload(observation, device)
@@ -1249,7 +1250,7 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
         env.think(q_values, action, saliency)
         if recorded:
             recorder.write(env)
-        last_q_values.append(q_values)
+        last_q_values[action_counts.sum() % HISTOGRAM_STATES] = q_values
         action_counts[action] += 1
         observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
@@ -1266,7 +1267,7 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
 
         metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
         metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
-        q_values = np.concatenate(last_q_values).astype(float)
+        q_values = last_q_values.astype(float)
         metrics["eval/q_values"] = wandb.Histogram(q_values[np.isfinite(q_values)])
         edges = np.arange(len(action_counts) + 1) - 0.5
         metrics["eval/actions"] = wandb.Histogram(np_histogram=(action_counts, edges))
