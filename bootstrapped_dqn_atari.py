@@ -948,10 +948,10 @@ class Overlay(gym.Wrapper):
                 self.text(str(self.votes[i]), self.LEFT + 352, baseline, color, size, 600, right=True)
             self.text(number(value), self.RIGHT, baseline, color, size, weight, right=True)
 
-    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int) -> None:
-        """Values over the last seconds; a green line where a reward came, a red one where a penalty came."""
+    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int, span=None) -> None:
+        """Values of the last seconds between ``span`` or their extremes; green lines: rewards, red ones: penalties."""
         values, rewards = np.array(values), np.array(self.rewards)
-        low, high = finite_range(values)
+        low, high = span or finite_range(values)
         self.text(title, self.LEFT, top - 14, QUIET, 14)
         self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)

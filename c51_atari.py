@@ -687,7 +687,7 @@ class Agent:
         self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
         self.update_target()
         options = {"fused": True, "capturable": device.type == "cuda"} if device.type != "mps" else {}
-        options["eps"] = 0.01 / args.batch_size
+        options["eps"] = 0.01 / args.batch_size  # the paper's 0.01 / 32
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), args.learning_rate, **options)
         self.losses = torch.zeros(len(METRICS) + 1, device=device)  # sums over the updates since the last log, count
 
@@ -867,7 +867,7 @@ class Overlay(gym.Wrapper):
         if self.action != self.greedy:
             self.text("exploring", self.RIGHT, 64, CHOSEN, 14, 600, right=True)
         self.draw_distributions(top=104, bottom=414)
-        self.draw_trace(top=466, bottom=548)
+        self.draw_trace(self.values, "V(s) = max Q, last 10 s", GREEDY, top=466, bottom=548)
         self.draw_facts(top=581)
         return self.canvas
 
@@ -911,11 +911,11 @@ class Overlay(gym.Wrapper):
             self.text(name, self.LEFT, y - (pitch - size) // 2 + 1, color, size, bold)
             self.text(number(value), self.RIGHT, y - (pitch - size) // 2 + 1, color, size, bold, right=True)
 
-    def draw_trace(self, top: int, bottom: int) -> None:
-        """V(s) over the last seconds; a green line where a reward came, a red one where a penalty came."""
-        values, rewards = np.array(self.values), np.array(self.rewards)
-        low, high = finite_range(values)
-        self.text("V(s) = max Q, last 10 s", self.LEFT, top - 14, QUIET, 14)
+    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int, span=None) -> None:
+        """Values of the last seconds between ``span`` or their extremes; green lines: rewards, red ones: penalties."""
+        values, rewards = np.array(values), np.array(self.rewards)
+        low, high = span or finite_range(values)
+        self.text(title, self.LEFT, top - 14, QUIET, 14)
         self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
         x = self.RIGHT - (len(values) - 1 - np.arange(len(values))) * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
@@ -925,7 +925,7 @@ class Overlay(gym.Wrapper):
         y = bottom - (values - low) / ((high - low) or 1.0) * (bottom - top)
         shown = np.isfinite(values)
         points = np.stack([x, y], 1)[shown].round().astype(np.int32)
-        cv2.polylines(self.canvas, [points], False, GREEDY, 2, cv2.LINE_AA)
+        cv2.polylines(self.canvas, [points], False, color, 2, cv2.LINE_AA)
 
     def draw_facts(self, top: int) -> None:
         env = self.env

@@ -550,9 +550,8 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[
-    0
-]  # a folder that each torchrun has of its own
+# a folder that each torchrun has of its own, the same for all of its restarts
+LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[0]
 
 
 def resume_after_restart() -> None:
@@ -872,12 +871,9 @@ class Overlay(gym.Wrapper):
         if self.action != self.greedy:
             self.text("exploring", self.RIGHT, 64, CHOSEN, 14, 600, right=True)
         self.draw_policy(top=104, bottom=394)
-        low, high = finite_range(np.array(self.values))
-        scale = f"{number(low)} to {number(high)}"
-        self.draw_trace("V(s), last 10 s", self.values, low, high, scale, top=430, bottom=480)
-        high = math.log(len(self.probabilities))
-        scale = f"0 (certain) to {number(high)} (uniform)"
-        self.draw_trace("entropy, last 10 s", self.entropies, 0.0, high, scale, top=510, bottom=550)
+        self.draw_trace(self.values, "V(s), last 10 s", GREEDY, top=434, bottom=480)
+        span = (0.0, math.log(len(self.probabilities)))  # of a certain and of a uniform policy
+        self.draw_trace(self.entropies, "entropy of the policy, last 10 s", GREEDY, top=514, bottom=550, span=span)
         self.draw_facts(top=581)
         return self.canvas
 
@@ -901,11 +897,12 @@ class Overlay(gym.Wrapper):
             self.text(name, self.LEFT, y + (pitch + size) // 2 - 2, color, size, bold)
             self.text(number(value), self.RIGHT, y + (pitch + size) // 2 - 2, color, size, bold, right=True)
 
-    def draw_trace(self, title, history, low: float, high: float, scale, top: int, bottom: int) -> None:
-        """``history`` between ``low`` and ``high``; a green line where a reward came, a red one for a penalty."""
-        values, rewards = np.array(history), np.array(self.rewards)
-        self.text(title, self.LEFT, top - 10, QUIET, 14)
-        self.text(scale, self.RIGHT, top - 10, QUIET, 14, right=True)
+    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int, span=None) -> None:
+        """Values of the last seconds between ``span`` or their extremes; green lines: rewards, red ones: penalties."""
+        values, rewards = np.array(values), np.array(self.rewards)
+        low, high = span or finite_range(values)
+        self.text(title, self.LEFT, top - 14, QUIET, 14)
+        self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
         x = self.RIGHT - (len(values) - 1 - np.arange(len(values))) * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
         for at, reward in zip(x, rewards):
@@ -914,7 +911,7 @@ class Overlay(gym.Wrapper):
         y = bottom - (values - low) / ((high - low) or 1.0) * (bottom - top)
         shown = np.isfinite(values)
         points = np.stack([x, y], 1)[shown].round().astype(np.int32)
-        cv2.polylines(self.canvas, [points], False, GREEDY, 2, cv2.LINE_AA)
+        cv2.polylines(self.canvas, [points], False, color, 2, cv2.LINE_AA)
 
     def draw_facts(self, top: int) -> None:
         env = self.env

@@ -26,9 +26,9 @@ OWN = {
     "bootstrapped_dqn_atari.py": "ALGORITHM METRICS check_args QNetwork Args.learning_rate Args.buffer_size"
     " Args.target_network_frequency Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses"
-    " Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace train",
+    " Overlay.new_game Overlay.think Overlay.render train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Args.max_grad_norm"
-    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace model evaluate train main",
+    " Agent Overlay.new_game Overlay.think Overlay.render model evaluate train main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}

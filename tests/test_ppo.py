@@ -532,7 +532,7 @@ def test_nothing_overlaps():
     assert not panel[104:394, 144:148].any()  # between names and bars
     assert not panel[104:394, 402:406].any()  # between bars and values
     assert not panel[394:402].any() and not panel[483:486].any() and not panel[554:564].any()  # between the parts
-    assert not panel[405:426, 200:250].any() and not panel[485:506, 150:210].any()  # between titles and scales
+    assert not panel[405:426, 200:250].any() and not panel[486:507, 260:320].any()  # between titles and scales
 
 
 def test_traces_follow_value_and_entropy_and_mark_rewards():
@@ -542,7 +542,7 @@ def test_traces_follow_value_and_entropy_and_mark_rewards():
         best = 1 / 6 + (5 / 6) * (149 - step) / 149  # from certain to uniform
         env.think((np.array([(1 - best) / 5] * 5 + [best]), float(-step)), 5)
     picture = env.render()
-    for top, bottom, rising in ((430, 480, False), (510, 550, True)):
+    for top, bottom, rising in ((434, 480, False), (514, 550, True)):
         trace = np.abs(picture[top - 2 : bottom + 3].astype(int) - GREEDY).sum(2) < 30
         heights = [top - 2 + np.flatnonzero(trace[:, x]).mean() for x in range(510, 930, 40)]
         assert all((earlier > later) == rising for earlier, later in zip(heights, heights[1:]))
