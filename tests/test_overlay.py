@@ -109,6 +109,7 @@ def test_trace_follows_value_and_marks_rewards():
     trace = np.abs(picture[466:549] - GREEDY).sum(2) < 30
     heights = [np.flatnonzero(trace[:, x]).mean() for x in range(510, 930, 20)]
     assert all(earlier > later for earlier, later in zip(heights, heights[1:]))  # a rising value rises
+    assert heights[0] > 76 and heights[-1] < 8  # over the whole height
     for color, step in ((GAIN, 60), (LOSS, 100)):
         columns = np.flatnonzero((np.abs(picture[466:549] - color).sum(2) == 0).sum(0) > 20)
         assert columns.tolist() == [pytest.approx(936 - (149 - step) * 432 / 149, abs=1)]

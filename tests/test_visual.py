@@ -623,6 +623,7 @@ def check_wandb_record(folder: Path) -> None:
     assert items["eval/actions._type"] == items["eval/q_values._type"] == "histogram"
     counts, steps = items["eval/actions.values"], round(3 * items["eval/episodic_length"])
     assert items["eval/actions.bins"] == [-0.5, 0.5, 1.5, 2.5, 3.5]
+    assert min(counts) > 0.05 * sum(counts)  # half of the actions are random
     assert 0 < steps - sum(counts) <= 15  # the steps that pressed FIRE to start a life were not chosen
     assert sum(items["eval/q_values.values"]) == 4 * sum(counts)
     assert (items["images/saliency.width"], items["images/saliency.height"]) == (480, 720)
