@@ -27,6 +27,11 @@ OWN = {
     " Args.target_network_frequency Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses"
     " Overlay.new_game Overlay.think Overlay.render train",
+    "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args QNetwork Batch BYTES_PER_TRANSITION"
+    " Args.learning_rate Args.eval_epsilon Args.buffer_size Args.n_step Args.batch_size Args.target_network_frequency"
+    " Args.learning_starts Args.max_grad_norm Replay.ARRAYS Replay.__init__ Replay.add Replay.sample Replay.state_dict"
+    " Replay.load_state_dict Agent.__init__ Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render"
+    " train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Args.max_grad_norm"
     " Agent Overlay.new_game Overlay.think Overlay.render model evaluate train main",
 }

@@ -9,12 +9,18 @@ from test_command_line import NO_EXTRAS, SHORT, assert_group_is_gone, run, run_f
 from test_overlay import read_video
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py") if path.name != "dqn_atari.py")
-PPO = {"--learning-starts 400 --buffer-size 1000": "--num-steps 100 --num-minibatches 2 --update-epochs 2"}
+# flags of the template that a script has others for
+INSTEAD = {
+    "ppo_atari.py": {
+        "--learning-starts 400 --buffer-size 1000": "--num-steps 100 --num-minibatches 2 --update-epochs 2"
+    },
+    "apex_dqn_atari.py": {"--num-envs 4": "--num-actors 1 --envs-per-actor 4 --batch-size 32 --steps-per-update 10"},
+}
 
 
 def adapt(flags: str, script: str) -> str:
-    """The template's flags with those of the replay exchanged for those of the rollout where there is one."""
-    for old, new in PPO.items() if script == "ppo_atari.py" else ():
+    """The template's flags with those exchanged that the script has others for."""
+    for old, new in INSTEAD.get(script, {}).items():
         assert old in flags
         flags = flags.replace(old, new)
     return flags

@@ -37,10 +37,10 @@ def run(command: list, folder: str | Path) -> str:
     return result.stdout
 
 
-def script_speed(script: str, flags: str, first_step: int, steps: int) -> float:
-    """Agent steps per second of a script on Breakout, started as from the shell, in the ``steps`` after ``first_step``.
+def script_metrics(script: str, flags: str, first_step: int, steps: int) -> list[dict]:
+    """What a script logs with charts/SPS on Breakout, started as from the shell, in the ``steps`` after ``first_step``.
 
-    The mean of its charts/SPS, read from the W&B file; both numbers are multiples of the script's LOG_FREQUENCY.
+    Read from the W&B file; both numbers are multiples of the script's LOG_FREQUENCY.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags += f" --env-id Breakout --total-timesteps {first_step + steps} --eval-episodes 1 --eval-frequency 0"
@@ -49,9 +49,14 @@ def script_speed(script: str, flags: str, first_step: int, steps: int) -> float:
         (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
         lines = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", file], folder).splitlines()
     records = [json.loads(line).get("history", {}).get("item", {}) for line in lines]
+    return [record for record in records if "charts/SPS" in record and record["global_step"] > first_step]
+
+
+def script_speed(script: str, flags: str, first_step: int, steps: int) -> float:
+    """Agent steps per second of a script in the ``steps`` after ``first_step``: the mean of its charts/SPS."""
     # each is the mean over the steps since the one before it, so that the mean over all is the harmonic one
     return statistics.harmonic_mean(
-        [record["charts/SPS"] for record in records if "charts/SPS" in record and record["global_step"] > first_step]
+        [record["charts/SPS"] for record in script_metrics(script, flags, first_step, steps)]
     )
 
 

@@ -1,0 +1,904 @@
+"""Ape-X: n-step returns, prioritised replay, actors, update and overlay against direct computations; Ray's faults."""
+
+import copy
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_command_line import run, run_folder, start, wait_for, wandb_records
+from test_learner import random_batch, state_frame
+from test_replay import Naive
+
+import apex_dqn_atari
+from apex_dqn_atari import (
+    BAR,
+    CHOSEN,
+    CHUNK,
+    CUT,
+    GREEDY,
+    HISTORY,
+    PRIORITY_EPS,
+    SIZE,
+    STACK,
+    TERMINATED,
+    Actor,
+    Agent,
+    Args,
+    Atari,
+    CudaGraph,
+    Overlay,
+    QNetwork,
+    Replay,
+    check_args,
+    epsilons,
+    n_step_returns,
+    prioritize,
+)
+
+CPU = torch.device("cpu")
+SHORT = "--env-id Breakout --num-actors 1 --envs-per-actor 4 --learning-starts 400 --buffer-size 1000 --batch-size 32"
+NO_EXTRAS = SHORT + " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode disabled"
+
+
+def make_args(**flags) -> Args:
+    return Args(**({"num_actors": 1, "envs_per_actor": 2, "precision": "float32"} | flags))
+
+
+def make_agent(num_actions=2, device=CPU, **flags) -> Agent:
+    torch.manual_seed(0)
+    return Agent(make_args(**flags), num_actions, device)
+
+
+# --------------------------------------------------------------------------------------------- n-step returns
+
+
+@pytest.mark.parametrize("n_step", [1, 3, 7])
+def test_n_step_returns_equal_the_direct_sum(n_step):
+    """Random rewards with both kinds of ending, often several within n steps, one transition after another."""
+    rng, steps, envs, gamma = np.random.default_rng(n_step), 400, 5, 0.9
+    rewards = rng.integers(-1, 2, (steps, envs)).astype(np.float32)
+    ends = rng.choice([0, TERMINATED, CUT], (steps, envs), p=[0.8, 0.12, 0.08]).astype(np.uint8)
+    returns, discounts, valid = n_step_returns(rewards, ends, n_step, gamma)
+    assert returns.shape == discounts.shape == valid.shape == (steps - n_step, envs)
+    assert returns.dtype == discounts.dtype == np.float32
+    for t in range(steps - n_step):
+        for env in range(envs):
+            total, discount, known = 0.0, gamma**n_step, True
+            for k in range(n_step):
+                total += gamma**k * float(rewards[t + k, env])
+                if ends[t + k, env]:
+                    discount, known = 0.0, ends[t + k, env] == TERMINATED
+                    break
+            assert valid[t, env] == known
+            if known:
+                assert returns[t, env] == pytest.approx(total, abs=1e-6)
+                assert discounts[t, env] == pytest.approx(discount, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------- actors and replay, step by step
+
+
+class Script:
+    """Stands in for ``Atari``: random frames, rewards and endings, and a record of all that happened.
+
+    A frame is tagged with the number of its environment and of its step: every one that was made has its own.
+    """
+
+    made = []
+
+    def __init__(self, args):
+        self.number, self.rng = len(Script.made), np.random.default_rng([args.seed, len(Script.made)])
+        Script.made.append(self)
+        self.stack, self.step_number = np.zeros((STACK, SIZE, SIZE), np.uint8), 0
+        self.naive = Naive(args.n_step, args.gamma)
+        self.action_space = type("Discrete", (), {"n": 3})
+
+    def reset(self, seed=None):
+        self.stack[:-1] = 0
+        self._draw()
+        return self.stack, {}
+
+    def step(self, action):
+        reward = float(self.rng.integers(-1, 2))
+        terminated, truncated = self.rng.random() < 0.06, self.rng.random() < 0.04
+        self.naive.add(self.stack[-1].copy(), action, reward, terminated, truncated)
+        self.step_number += 1
+        self.stack[:-1] = self.stack[1:]
+        self._draw()
+        return self.stack, reward, terminated, truncated, {"episode": {"r": 1.0}} if terminated else {}
+
+    def _draw(self):
+        self.stack[-1] = self.rng.integers(0, 256, (SIZE, SIZE))
+        self.stack[-1, 0, :3] = self.number, self.step_number // 256, self.step_number % 256
+
+
+def tag(frame) -> tuple[int, int]:
+    number, high, low = (int(x) for x in frame[0, :3])
+    return number, 256 * high + low
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr(apex_dqn_atari, "Atari", Script)
+    Script.made = []
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_replay_of_actors_equals_full_transitions(scripted, n_step):
+    """What two actors play comes back as a naive list of whole transitions has it, and nothing else does.
+
+    They go on at different paces and past the end of the rows; a chunk is lost, and an actor starts anew, twice.
+    """
+    rows = 3 * CHUNK + 17
+    args = make_args(num_actors=2, buffer_size=4 * rows, n_step=n_step, gamma=0.9, prioritized_replay_alpha=0.0)
+    weights = make_agent(3).weights()
+    actors = [Actor(args, number, "float32", 0) for number in range(2)]
+    replay, next_steps = Replay(args, CPU), [None, None]
+    stored = [[[] for _ in range(2)] for _ in range(2)]  # of each environment of each actor: tag, first step of its run
+    runs = [0, 0]
+    script = [0, 1, 0, 0, "lose 1", 1, 1, "restart 0", 0, 0, "lose 0", "restart 1", 1, 0, 1, 1, 1, 0]
+    for event in script:
+        if isinstance(event, str):
+            what, number = event.split()
+            if what == "lose":
+                actors[int(number)].play(weights, 0)
+            else:
+                actors[int(number)] = Actor(args, int(number), "float32", 0)
+            continue
+        chunk = actors[event].play(weights, 0)
+        follows = chunk["first_step"] == next_steps[event]
+        next_steps[event] = chunk["first_step"] + CHUNK
+        replay.add(event, chunk, follows)
+        for env in range(2):
+            numbered = [tag(frame) for frame in chunk["frames"][:, env]]
+            assert [step for _, step in numbered] == list(range(chunk["first_step"], chunk["first_step"] + CHUNK))
+            runs[event] = runs[event] if follows else chunk["first_step"]
+            stored[event][env] += [(number, step, runs[event]) for number, step in numbered]
+
+        valid = set()
+        for column in (env for actor in stored for env in actor):
+            for place in range(max(len(column) - rows, 0) + HISTORY, len(column) - n_step):
+                number, step, first = column[place]
+                contiguous = column[place + n_step] == (number, step + n_step, first) and step >= first + HISTORY
+                if contiguous and Script.made[number].naive.transition(step) is not None:
+                    valid.add((number, step))
+        batch = replay.sample(4 * replay.num_envs * rows)  # all priorities are alike: each share holds less than one
+        drawn = {}
+        for i, frame in enumerate(batch.observations[:, -1]):
+            drawn.setdefault(tag(frame), i)
+        assert set(drawn) == valid
+        for (number, step), i in drawn.items():
+            stack, action, total, next_stack, discount = Script.made[number].naive.transition(step)
+            np.testing.assert_array_equal(batch.observations[i].numpy(), stack)
+            assert batch.actions[i] == action
+            assert batch.returns[i].item() == pytest.approx(total, abs=1e-6)
+            assert batch.discounts[i].item() == pytest.approx(discount, abs=1e-6)
+            if next_stack is not None:
+                np.testing.assert_array_equal(batch.next_observations[i].numpy(), next_stack)
+    assert replay.size == 2 * (rows + rows) and len(Script.made) == 8
+
+
+def test_actor_computes_priorities_from_its_q_values(scripted):
+    """|G + gamma^n max Q(s', a) - Q(s, a)| with the network that it acted with, across a chunk's border."""
+    args = make_args(n_step=3, gamma=0.9, prioritized_replay_alpha=0.6)
+    agent = make_agent(3)
+    actor = Actor(args, 0, "float32", 0)
+    actor.play(agent.weights(), 0)
+    chunk = actor.play(agent.weights(), 0)
+    assert chunk["priorities"].shape == (CHUNK, 2) and chunk["priorities"].dtype == np.float32
+    checked = 0
+    for env in range(2):
+        for place in range(CHUNK):
+            transition = Script.made[env].naive.transition(chunk["first_step"] - args.n_step + place)
+            if transition is None:
+                assert chunk["priorities"][place, env] == 0
+                continue
+            stack, action, total, next_stack, discount = transition
+            with torch.no_grad():
+                taken = agent.q_network(torch.from_numpy(stack)[None])[0, action].item()
+                if next_stack is not None:
+                    total += discount * agent.q_network(torch.from_numpy(next_stack)[None]).max().item()
+            expected = (abs(total - taken) + PRIORITY_EPS) ** 0.6
+            assert chunk["priorities"][place, env] == pytest.approx(expected, rel=1e-3)
+            checked += 1
+    assert checked > CHUNK
+
+
+def test_actor_takes_the_weights_it_is_given(scripted):
+    """New ones when their number changes, the same ones otherwise."""
+    args, first, second = make_args(), make_agent(3), make_agent(3)
+    with torch.no_grad():
+        second.q_network.advantage.bias += torch.tensor([0.0, 100.0, 0.0])
+    actor = Actor(args, 0, "float32", 0)
+    actor.epsilons[:] = 0
+    actor.play(second.weights(), 3)
+    actor.play(first.weights(), 3)
+    assert (actor.steps["actions"] == 1).all()
+    with torch.no_grad():
+        second.q_network.advantage.bias += torch.tensor([200.0, 0.0, 0.0])
+    chunk = actor.play(second.weights(), 4)
+    assert chunk["updates"] == 4 and chunk["first_step"] == 2 * CHUNK
+    assert (actor.steps["actions"][args.n_step :] == 0).all()
+
+
+def test_each_environment_explores_with_its_epsilon(scripted):
+    """The paper's schedule over all environments; every actor has greedy and curious ones."""
+    args = make_args(num_actors=3, envs_per_actor=4)
+    expected = [0.4 ** (1 + 7 * i / 11) for i in range(12)]
+    assert epsilons(args).tolist() == pytest.approx(expected)
+    assert epsilons(make_args(envs_per_actor=1)).tolist() == pytest.approx([0.4])
+    numbers = np.stack([Actor(args, number, "float32", 0).numbers for number in range(3)])
+    assert sorted(numbers.flatten().tolist()) == list(range(12)) and numbers[:, 0].tolist() == [0, 1, 2]
+    agent = make_agent(3)
+    with torch.no_grad():
+        agent.q_network.advantage.bias += torch.tensor([0.0, 100.0, 0.0])
+    actor = Actor(make_args(envs_per_actor=4), 0, "float32", 0)
+    actor.epsilons[:] = 0.0, 0.3, 0.6, 1.0
+    actions = np.concatenate([actor.play(agent.weights(), 0)["actions"].copy() for _ in range(8)])[CHUNK:]
+    greedy = (actions == 1).mean(0)
+    np.testing.assert_allclose(greedy, [1, 0.8, 0.6, 1 / 3], atol=0.1)  # a random action is greedy in a third
+    assert greedy[0] == 1 and np.bincount(actions[:, 3]).min() > 0.2 * len(actions)
+
+
+def test_games_carry_the_number_of_their_environment(scripted):
+    args = make_args(num_actors=2, envs_per_actor=3)
+    actor = Actor(args, 1, "float32", 0)
+    games = [game for _ in range(4) for game in actor.play(make_agent(3).weights(), 0)["games"]]
+    assert {game["env"] for game in games} == {1, 3, 5}
+
+
+# ---------------------------------------------------------------------------------------- prioritised sampling
+
+
+def filled_replay(priorities: torch.Tensor, **flags) -> Replay:
+    """A replay of one row of frames for each of ``priorities`` [rows, envs], numbered in the returns."""
+    rows, envs = priorities.shape
+    replay = Replay(make_args(envs_per_actor=envs, buffer_size=rows * envs, **flags), CPU)
+    replay.priorities.copy_(priorities)
+    replay.returns.copy_(torch.arange(rows * envs).view(rows, envs))
+    replay.num_steps = [rows]
+    return replay
+
+
+def test_sampling_is_proportional_to_the_priorities():
+    """200,000 draws against p^alpha over its sum (chi-square, 1e-6 tail); priorities 0 never come up."""
+    torch.manual_seed(0)
+    td_errors = torch.rand(100, 3) ** 3
+    priorities = prioritize(td_errors, 0.6)
+    priorities[torch.rand(100, 3) < 0.3] = 0
+    replay, counts = filled_replay(priorities), torch.zeros(300)
+    for _ in range(400):
+        batch = replay.sample(500)
+        assert torch.equal(batch.indices, batch.returns.long())
+        counts += torch.bincount(batch.indices, minlength=300)
+    drawable = priorities.flatten() > 0
+    assert (counts[~drawable] == 0).all() and (~drawable).sum() > 50
+    expected = (td_errors.flatten() + PRIORITY_EPS).double() ** 0.6 * drawable
+    expected = expected / expected.sum() * 200_000
+    chi_square = ((counts - expected)[drawable] ** 2 / expected[drawable]).sum().item()
+    freedom = drawable.sum().item() - 1
+    assert chi_square < freedom + 4.75 * (2 * freedom) ** 0.5 + 15
+    wrong = td_errors.flatten().double() * drawable  # alpha 1 would be told apart
+    wrong = wrong / wrong.sum() * 200_000
+    assert ((counts - wrong)[drawable] ** 2 / wrong[drawable]).sum().item() > 10 * freedom
+
+
+def test_draws_of_a_batch_are_independent_within_their_shares():
+    """A share that a single transition fills draws only that one; where in a share a draw falls is random."""
+    torch.manual_seed(0)
+    replay = filled_replay(torch.tensor([[1.0], [2.0], [1.0], [0.5], [0.5], [3.0]]))
+    pairs = {tuple(replay.sample(2).indices.tolist()) for _ in range(300)}
+    assert pairs == {(first, second) for first in (0, 1, 2) for second in (3, 4, 5)}
+    draws = {tuple(replay.sample(8).indices.tolist()) for _ in range(50)}
+    assert draws == {(0, 1, 1, 2, 3, 5, 5, 5), (0, 1, 1, 2, 4, 5, 5, 5)}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_importance_weights_are_the_formula(beta):
+    torch.manual_seed(0)
+    priorities = torch.rand(50, 4) + 0.01
+    replay = filled_replay(priorities, prioritized_replay_beta=beta)
+    batch = replay.sample(64)
+    probabilities = (priorities.double() / priorities.double().sum()).flatten()[batch.indices]
+    weights = (200 * probabilities) ** -beta
+    torch.testing.assert_close(batch.weights.double(), weights / weights.max(), rtol=1e-5, atol=0)
+
+
+def test_priorities_are_updated_in_place():
+    torch.manual_seed(0)
+    replay = filled_replay(torch.rand(50, 4))
+    before = replay.priorities.clone().flatten()
+    indices, td_errors = torch.tensor([3, 7, 199, 7]), torch.tensor([-2.0, 0.0, 0.5, 0.0])
+    replay.update_priorities(indices, td_errors)
+    after = replay.priorities.flatten()
+    assert after[[3, 7, 199]].tolist() == pytest.approx([(x + 1e-6) ** 0.6 for x in (2.0, 0.0, 0.5)], rel=1e-5)
+    others = torch.ones(200, dtype=torch.bool)
+    others[indices] = False
+    assert torch.equal(before[others], after[others])
+
+
+def test_sums_of_millions_of_priorities_are_exact():
+    """Two transitions with all the weight among two million small ones are drawn as often as they should be."""
+    torch.manual_seed(0)
+    priorities = torch.full((250_000, 8), 1e-4)
+    priorities[0, 0] = priorities[-1, -1] = 1e3
+    replay = Replay(make_args(envs_per_actor=8, buffer_size=8 * (CHUNK + 10)), CPU)
+    replay.priorities, replay.rows = priorities, 250_000
+    total = priorities.double().sum().item()
+    replay._window = lambda *arguments: torch.zeros(20_000, STACK + 3, 1, 1, dtype=torch.uint8)
+    for name in ("ages", "actions", "returns", "discounts"):
+        setattr(replay, name, torch.zeros(250_000, 8))
+    indices = replay.sample(20_000).indices
+    assert (indices == 1_999_999).float().mean().item() == pytest.approx(1e3 / total, abs=1e-4)
+    assert indices.max() == 1_999_999
+
+
+def test_replay_survives_a_checkpoint(scripted, tmp_path):
+    """With its priorities: a restored replay draws the same; the next chunk does not follow, and is stored behind."""
+    args = make_args(buffer_size=2 * (2 * CHUNK + 20))
+    actor, replay, other = Actor(args, 0, "float32", 0), Replay(args, CPU), Replay(args, CPU)
+    weights = make_agent(3).weights()
+    for chunks in range(1, 5):
+        replay.add(0, actor.play(weights, 0), chunks > 1)
+        torch.save(replay.state_dict(), tmp_path / "replay.pt")
+        stored = min(chunks * CHUNK, replay.rows) * 2
+        assert (tmp_path / "replay.pt").stat().st_size < 1.05 * stored * apex_dqn_atari.BYTES_PER_TRANSITION + 10_000
+        other.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True, mmap=True))
+        samples = []
+        for r in (replay, other):
+            torch.manual_seed(1)
+            samples.append(r.sample(32))
+        assert all(torch.equal(a, b) for a, b in zip(*samples))
+    chunk = actor.play(weights, 0)
+    for r in (replay, other):
+        r.add(0, chunk, False)
+    assert torch.equal(replay.priorities, other.priorities) and replay.num_steps == other.num_steps == [5 * CHUNK]
+
+
+# ------------------------------------------------------------------------------------------------------ learner
+
+
+def test_dueling_head_is_value_plus_advantages():
+    """Q = V + A - mean A of Wang et al. 2016, eq. 9, from the weights in float64."""
+    agent = make_agent(4)
+    observations = random_batch(8)[0]
+    with torch.no_grad():
+        value, advantages = agent.q_network.streams(observations)
+        network = copy.deepcopy(agent.q_network).double()
+        features = network.trunk(observations.double() / 255)
+        v = network.value(features[:, :512])
+        a = network.advantage(features[:, 512:])
+        q_values = agent.q_network(observations)
+    assert value.shape == (8, 1) and advantages.shape == (8, 4) and q_values.dtype == torch.float32
+    torch.testing.assert_close(value.double(), v, rtol=0, atol=1e-5)
+    torch.testing.assert_close(q_values.double(), v + a - a.mean(1, keepdim=True), rtol=0, atol=1e-5)
+    torch.testing.assert_close(advantages.mean(1), torch.zeros(8), rtol=0, atol=1e-6)
+    (shown_value, shown_advantages), greedy = agent.think(observations[0])
+    assert shown_value == pytest.approx(v[0].item(), abs=1e-5) and greedy == q_values[0].argmax()
+    np.testing.assert_allclose(shown_advantages, advantages[0].numpy(), atol=1e-6)
+
+
+def test_bfloat16_trunk_stays_close_to_float32():
+    torch.manual_seed(0)
+    network, half = QNetwork(4), QNetwork(4, torch.bfloat16)
+    half.load_state_dict(network.state_dict())
+    observations = random_batch()[0]
+    assert half(observations).dtype == torch.float32
+    torch.testing.assert_close(half(observations), network(observations), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("max_grad_norm", [40.0, 1e-3])
+def test_update_is_the_formula(max_grad_norm):
+    """Weighted loss, double-Q target, gradient, its norm and the step of centered RMSProp, directly in float64."""
+    agent = make_agent(max_grad_norm=max_grad_norm)
+    with torch.no_grad():
+        for parameter in agent.target_network.parameters():
+            parameter.mul_(1.1)
+        agent.target_network.advantage.bias += torch.tensor([0.3, 0.0])  # the networks disagree on the best action
+    observations, actions, returns, next_observations, discounts = random_batch()
+    weights = torch.rand(32, generator=torch.Generator().manual_seed(5))
+    network, target = copy.deepcopy(agent.q_network).double(), copy.deepcopy(agent.target_network).double()
+
+    def q(model, observation):
+        features = model.trunk(observation[None].double() / 255)
+        advantages = model.advantage(features[:, 512:])
+        return (model.value(features[:, :512]) + advantages - advantages.mean())[0]
+
+    loss, expected_errors, disagreements = 0.0, [], 0
+    for i in range(32):
+        with torch.no_grad():
+            online, offline = q(network, next_observations[i]), q(target, next_observations[i])
+            disagreements += int(online.argmax() != offline.argmax())
+            td_target = returns[i] + discounts[i] * offline[online.argmax()]
+        error = td_target - q(network, observations[i])[actions[i]]
+        expected_errors.append(error.item())
+        loss = loss + 0.5 * weights[i].double() * error**2 / 32
+    assert disagreements > 3
+    loss.backward()
+    before = copy.deepcopy(agent.q_network)
+    td_errors = agent.update(observations, actions, returns, next_observations, discounts, weights)
+    np.testing.assert_allclose(td_errors.numpy(), expected_errors, atol=1e-5)
+    assert agent.losses[0].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert agent.mean_losses()["losses/priorities"] == pytest.approx(np.abs(expected_errors).mean(), rel=1e-4)
+    norm = sum(parameter.grad.square().sum() for parameter in network.parameters()).sqrt().item()
+    assert (norm > max_grad_norm) == (max_grad_norm < 1)
+    for old, ours, theirs in zip(before.parameters(), agent.q_network.parameters(), network.parameters()):
+        gradient = theirs.grad * min(1, max_grad_norm / norm)
+        torch.testing.assert_close(ours.grad.double(), gradient, rtol=1e-2, atol=1e-7)
+        gradient = ours.grad  # RMSProp's first step: averages start at 0 and move by a twentieth
+        deviation = (0.05 * gradient**2 - (0.05 * gradient) ** 2).sqrt()
+        expected = old - 6.25e-5 * gradient / (deviation + 1.5e-7**0.5)
+        torch.testing.assert_close(ours.detach(), expected.detach(), rtol=0, atol=1e-7)
+
+
+def test_update_leaves_the_target_network_alone():
+    agent = make_agent()
+    before = copy.deepcopy(agent.target_network.state_dict())
+    agent.update(*random_batch(), torch.ones(32))
+    assert all(torch.equal(before[name], value) for name, value in agent.target_network.state_dict().items())
+    agent.update_target()
+    after = agent.q_network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in agent.target_network.state_dict().items())
+
+
+class Corridor(Script):
+    """Five states shown as pictures: right in the last ends the episode with reward 1, left in the first costs 0.5.
+
+    Episodes are cut off at random, which must not change the values.
+    """
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.action_space, self.state = type("Discrete", (), {"n": 2}), 0
+
+    def reset(self, seed=None):
+        self.state = int(self.rng.integers(5))
+        return self._show()
+
+    def step(self, action):
+        terminated = action == 1 and self.state == 4
+        reward = 1.0 if terminated else -0.5 if action == 0 and self.state == 0 else 0.0
+        self.state = min(self.state + 1, 4) if action == 1 else max(self.state - 1, 0)
+        truncated = not terminated and self.rng.random() < 0.1
+        return self._show()[0], reward, terminated, truncated, {}
+
+    def _show(self):
+        self.stack[:] = 0
+        self.stack[-1] = state_frame(self.state)
+        return self.stack, {}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_update_converges_to_value_iteration(scripted, monkeypatch, precision):
+    """One-step returns of a random policy in prioritised replay give the Q-values of the best one."""
+    monkeypatch.setattr(apex_dqn_atari, "Atari", Corridor)
+    gamma, expected = 0.8, np.zeros((5, 2))
+    for _ in range(100):
+        for state in range(5):
+            left, right = max(state - 1, 0), state + 1
+            expected[state, 0] = (-0.5 if state == 0 else 0) + gamma * expected[left].max()
+            expected[state, 1] = 1 if state == 4 else gamma * expected[right].max()
+    args = make_args(gamma=gamma, n_step=1, buffer_size=3000, epsilon_base=1.0, learning_rate=3e-4)
+    args.precision = precision
+    torch.manual_seed(0)
+    agent, actor, replay = Agent(args, 2, CPU), Actor(args, 0, precision, 0), Replay(args, CPU)
+    for chunk in range(20):
+        replay.add(0, actor.play(agent.weights(), 0), chunk > 0)
+    # a stack shows where the walk came from: like the frames before an episode's start, that is no part of the state
+    replay.ages.zero_()
+    for update in range(600):
+        if update == 400:
+            agent.optimizer.param_groups[0]["lr"] /= 6
+        *batch, indices = replay.sample(32)
+        replay.update_priorities(indices, agent.update(*batch))
+        if update % 25 == 0:
+            agent.update_target()
+    batch = replay.sample(512)
+    with torch.no_grad():
+        q_values = agent.q_network(batch.observations).numpy()
+    in_state = batch.observations[:, -1].float().mean(1).argmax(1).numpy() // 16
+    learned = np.stack([q_values[in_state == state].mean(0) for state in range(5)])
+    np.testing.assert_allclose(learned, expected, atol=0.06)
+
+
+def test_importance_weights_undo_the_bias_of_the_priorities():
+    """A coin that pays 1 in a tenth of its tosses: worth 0.1 with beta 1; drawn by surprise alone it seems worth 0.25.
+
+    Where draws are proportional to the error, the errors' squares balance: 0.1 (1 - q)^2 = 0.9 q^2, so q = 1/4.
+    """
+    learned = {}
+    for beta in (0.0, 1.0):
+        agent = make_agent(learning_rate=2e-4)
+        replay = filled_replay(torch.ones(400, 1), prioritized_replay_alpha=1.0, prioritized_replay_beta=beta)
+        replay.returns.zero_()
+        replay.returns[::10] = 1.0
+        torch.manual_seed(0)
+        estimates = []
+        for _ in range(250):
+            *batch, indices = replay.sample(20)
+            replay.update_priorities(indices, agent.update(*batch))
+            # all priorities follow, as after many updates of each
+            replay.priorities.copy_(prioritize(replay.returns - agent.q_network(batch[0][:1])[0, 0].item(), 1.0))
+            estimates.append(agent.q_network(batch[0][:1])[0, 0].item())
+        learned[beta] = np.mean(estimates[150:])
+    assert learned[0.0] == pytest.approx(0.25, abs=0.03)
+    assert learned[1.0] == pytest.approx(0.1, abs=0.03)
+
+
+def test_loss_that_is_not_finite_ends_the_run():
+    agent = make_agent()
+    assert agent.mean_losses() == {}
+    observations, actions, returns, next_observations, discounts = random_batch()
+    agent.update(observations, actions, returns * float("nan"), next_observations, discounts, torch.ones(32))
+    with pytest.raises(SystemExit, match="loss became nan"):
+        agent.mean_losses()
+
+
+def test_settings_are_those_of_the_paper():
+    args = Args()
+    assert (args.n_step, args.batch_size, args.buffer_size, args.learning_starts) == (3, 512, 2_000_000, 50_000)
+    assert (args.prioritized_replay_alpha, args.prioritized_replay_beta) == (0.6, 0.4)
+    assert (args.learning_rate, args.max_grad_norm, args.target_network_frequency) == (6.25e-5, 40, 2500)
+    assert args.weights_frequency == 100
+    group = make_agent().optimizer.param_groups[0]
+    assert (group["alpha"], group["centered"], group["momentum"]) == (0.95, True, 0)
+    assert group["eps"] ** 2 == pytest.approx(1.5e-7)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"n_step": 47}, "--n-step is 47: it must be between 1 and 46"),
+        ({"num_actors": 0}, "--num-actors is 0: it must be at least 1"),
+        ({"prioritized_replay_alpha": 1.5}, "--prioritized-replay-alpha is 1.5: it must be between 0 and 1"),
+        ({"steps_per_update": 0.0}, "--steps-per-update is 0.0"),
+        ({"learning_starts": 500}, "--batch-size 512 is more than the 500 transitions"),
+        ({"buffer_size": 500}, "--batch-size 512 is more than the 500 transitions"),
+        ({"max_episode_frames": 4}, "--max-episode-frames is 4"),
+    ],
+)
+def test_flags_out_of_range(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        check_args(Args(**flags))
+
+
+def test_missing_ray_is_one_sentence(monkeypatch):
+    """A model can be played without it."""
+    monkeypatch.setattr(apex_dqn_atari, "ray", None)
+    check_args(Args(evaluate="model.pt"))
+    with pytest.raises(SystemExit, match="^error: Ray is not installed: pip install"):
+        check_args(Args())
+
+
+# ------------------------------------------------------------------------------------------------------ overlay
+
+
+GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
+
+
+def make_overlay(num_actions: int) -> Overlay:
+    game, full = GAMES[num_actions]
+    env = Overlay(Atari(Args(env_id=game, full_action_space=full)), "test", 0.0)
+    env.reset(seed=1)
+    return env
+
+
+def bars(picture: np.ndarray, num_actions: int) -> list[tuple[int, int, tuple]]:
+    """Pixels to the left and to the right of the middle, and colour of every bar."""
+    pitch = min(36, 324 // num_actions)
+    found = []
+    for i in range(num_actions):
+        row = picture[104 + i * pitch + pitch // 2, 636:765].astype(int)
+        masks = {color: np.abs(row - color).sum(1) == 0 for color in (GREEDY, BAR)}
+        color = max(masks, key=lambda color: masks[color].sum())
+        found.append((int(masks[color][:64].sum()), int(masks[color][65:].sum()), color))
+    return found
+
+
+@pytest.mark.parametrize("num_actions", [3, 6, 18])
+@pytest.mark.parametrize("scale, value", [(1, 0.0), (1e-3, 2.0), (1e8, -5.0), (1e30, 1e30)])
+def test_bars_show_the_advantages(num_actions, scale, value):
+    """From the middle to the right the positive ones, to the left the negative, the largest over the whole half."""
+    env = make_overlay(num_actions)
+    advantages = np.random.default_rng(num_actions).normal(size=num_actions) * scale
+    advantages -= advantages.mean()
+    env.think((value, advantages), int(advantages.argmin()))
+    for i, (left, right, color) in enumerate(bars(env.render(), num_actions)):
+        length = 66 * advantages[i] / np.abs(advantages).max()
+        assert right == pytest.approx(max(length, 0), abs=3) and left == pytest.approx(max(-length, 0), abs=3)
+        assert color == (GREEDY if i == advantages.argmax() else BAR)
+
+
+@pytest.mark.parametrize("num_actions", [3, 18])
+def test_equal_and_nan_advantages(num_actions):
+    env = make_overlay(num_actions)
+    for value, advantages in ((0.0, 0.0), (np.nan, np.nan), (np.inf, np.inf)):
+        env.think((value, np.full(num_actions, advantages)), 0)
+        assert all(left <= 2 and right <= 2 for left, right, _ in bars(env.render(), num_actions))
+
+
+def test_chosen_and_exploring_are_marked():
+    env = make_overlay(6)
+
+    def marked(action):
+        env.think((1.0, np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])), action)
+        picture = env.render().astype(int)
+        frame = np.abs(picture[104:428, 620:775] - CHOSEN).sum(2) == 0
+        exploring = np.abs(picture[50:70, 800:] - CHOSEN).sum(2) == 0
+        return np.flatnonzero(frame.any(1)).mean() // 36, exploring.any()
+
+    assert marked(5) == (5, False)
+    assert marked(2) == (2, True)
+
+
+def test_value_advantage_and_their_sum_are_printed(monkeypatch):
+    env, texts = make_overlay(6), []
+    env.think((2.0, np.array([-0.5, 0.25, 0, 0, 0, 0.25])), 1)
+    monkeypatch.setattr(env, "text", lambda text, *arguments, **options: texts.append(text))
+    env.render()
+    assert {"V(s) = 2.000", "-0.500", "0.250", "1.500", "2.250", "Pong"} <= set(texts)
+    assert texts[texts.index("epsilon") + 1] == "0"
+
+
+def test_nothing_overlaps():
+    """With the widest texts each column of the panel keeps a gap to the next one, and nothing leaves the canvas."""
+    env = make_overlay(18)
+    advantages = np.linspace(-9_999.9, 9_999.9, 18)
+    env.think((-1_000.0, advantages), 3)
+    env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
+    panel = np.abs(env.render().astype(int)[:, 480:] - (18, 19, 23)).sum(2) > 60
+    assert not panel[:, :20].any() and not panel[:, -20:].any()
+    assert not panel[104:428, 145:149].any()  # between names and bars
+    assert not panel[104:428, 293:297].any()  # between bars and advantages
+    assert not panel[104:428, 371:375].any()  # between advantages and Q-values
+    assert not panel[430:434].any() and not panel[552:562].any()  # between bars, trace and facts
+
+
+def test_trace_is_the_value():
+    env = make_overlay(6)
+    for step in range(5):
+        env.think((float(step), np.zeros(6)), 0)
+    assert list(env.values) == [0, 1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------------------------------- runs, faults and ends
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Process numbers and titles of all that ``pid`` and its children have started."""
+    parents, titles = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            titles[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+        except (OSError, ValueError):
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {process: titles[process] for process in found - {pid} if titles[process]}
+
+
+def actor_processes(pid: int) -> list[int]:
+    return sorted(process for process, title in descendants(pid).items() if title.startswith("ray::Actor"))
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def assert_all_gone(processes, seconds=20) -> None:
+    deadline = time.monotonic() + seconds
+    while left := [process for process in processes if is_alive(process)]:
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob("runs/*/checkpoint.pt"))
+
+
+def steps(folder: Path) -> int:
+    """Of the last checkpoint."""
+    return torch.load(checkpoints(folder)[0], weights_only=True, mmap=True)["global_step"]
+
+
+def test_steps_per_update_bounds_the_ratio(tmp_path):
+    """Exactly one update for each 20 steps after the first 400, however fast the actors are."""
+    result = run(tmp_path, NO_EXTRAS + " --total-timesteps 3000 --steps-per-update 20", "apex_dqn_atari.py")
+    assert result.returncode == 0, result.stderr
+    checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
+    learned = checkpoint["global_step"] - 400
+    assert checkpoint["updates"] == pytest.approx(learned / 20, abs=CHUNK * 4 / 20)
+
+
+def test_killed_actor_is_started_again(tmp_path):
+    """kill -9 of an actor: Ray starts it again, the run goes on to its end, and leaves no process behind."""
+    flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
+    process = start(tmp_path, flags + " --total-timesteps 12000 --checkpoint-frequency 1000", "apex_dqn_atari.py")
+    wait_for(lambda: checkpoints(tmp_path), process)
+    before = descendants(process.pid)
+    first, second = actor_processes(process.pid)
+    os.kill(first, signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=200)
+    assert process.returncode == 0, stderr
+    assert re.search(r"actor [01] died and has been started again", stdout + stderr)
+    assert "step 12," in stdout and "Traceback" not in stderr
+    replay = torch.load(checkpoints(tmp_path)[0], weights_only=True)["replay"]
+    assert min(replay["num_steps"]) > 1000  # each actor went on after it
+    assert_all_gone(before)
+
+
+def test_actor_that_raises_ends_the_run_with_its_traceback(tmp_path):
+    script = (ROOT / "apex_dqn_atari.py").read_text()
+    line = "        called, steps, games = time.perf_counter(), self.steps, []\n"
+    assert script.count(line) == 1
+    broken = script.replace(line, line + "        assert self.num_steps < 150, 'the joystick fell off'\n")
+    (tmp_path / "broken.py").write_text(broken)
+    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 100000", script=tmp_path / "broken.py")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: actor 0 failed:" in stderr and "AssertionError: the joystick fell off" in stderr
+    assert "in play" in stderr
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_stopped_learner_resumes(tmp_path, number, exit_code):
+    """Signalled as a terminal or a job scheduler does, or killed: the replay, its priorities and counters go on."""
+    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 100000 --checkpoint-frequency 1000", "apex_dqn_atari.py")
+    wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
+    before = descendants(process.pid)
+    assert len(actor_processes(process.pid)) == 1
+    if number == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == exit_code, stderr
+    # Ray's agents need a minute to notice that the learner was killed
+    assert_all_gone(before, seconds=120 if number == signal.SIGKILL else 20)
+    checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
+    stopped, updates = checkpoint["global_step"], checkpoint["updates"]
+    assert updates > 0 and (checkpoint["replay"]["priorities"] > 0).sum() > 500
+    if number != signal.SIGKILL:
+        assert "--resume" in stdout and "Traceback" not in stderr
+    result = run(tmp_path, f"--resume {run_folder(tmp_path)} --total-timesteps {stopped + 1000}", "apex_dqn_atari.py")
+    assert result.returncode == 0, result.stderr
+    checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
+    assert stopped + 1000 <= checkpoint["global_step"] <= stopped + 2000 and checkpoint["updates"] > updates
+    assert checkpoint["replay"]["num_steps"][0] == checkpoint["global_step"] // 4
+
+
+def test_charts_tell_greediest_from_explorers(tmp_path):
+    flags = NO_EXTRAS.replace("disabled", "offline") + " --total-timesteps 4000"
+    result = run(tmp_path, flags, "apex_dqn_atari.py")
+    assert result.returncode == 0, result.stderr
+    items = [record["history"]["item"] for record in wandb_records(tmp_path) if record["type"] == "history"]
+    games = [item for item in items if "charts/episodic_return" in item]
+    kinds = [("charts/episodic_return_greediest" in game, "charts/episodic_return_explorers" in game) for game in games]
+    assert set(kinds) <= {(True, False), (False, True)} and (False, True) in kinds
+    logged = [item for item in items if "charts/SPS" in item]
+    names = {"updates_per_second", "replay_size", "weights_age", "actors_waiting", "learning_rate"}
+    assert all({f"charts/{name}" for name in names} <= set(item) for item in logged)
+    assert [item["charts/replay_size"] for item in logged] == [min(item["global_step"], 1000) for item in logged]
+    assert "losses/priorities" in logged[-1] and logged[-1]["charts/updates_per_second"] > 0
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Starts the nodes of a Ray cluster on this machine; all are ended."""
+    ray, started = str(Path(sys.executable).parent / "ray"), []
+    port = 20_000 + os.getpid() % 10_000
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+
+    def start_node(head: bool) -> int:
+        """Returns the process number of its raylet."""
+        where = f"--head --port {port} --include-dashboard false" if head else f"--address 127.0.0.1:{port}"
+        ports = f"--object-store-memory {2**28} --num-cpus 1"
+        before = raylets(port)
+        command = [ray, "start", *where.split(), *ports.split()]
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120)
+        (raylet,) = raylets(port) - before
+        started.append(raylet)
+        return raylet
+
+    yield f"127.0.0.1:{port}", start_node
+    for pid in (process for process in all_processes() if f":{port}" in all_processes().get(process, "")):
+        os.kill(pid, signal.SIGKILL)
+
+
+def all_processes() -> dict[int, str]:
+    return descendants(1) | descendants(os.getpid())
+
+
+def raylets(port: int) -> set[int]:
+    return {pid for pid, title in all_processes().items() if "raylet/raylet" in title and f":{port}" in title}
+
+
+def test_cluster_of_two_nodes_loses_one(tmp_path, cluster):
+    """The node's actor is gone, the other's goes on; when a node joins, the lost actor is started there."""
+    address, start_node = cluster
+    start_node(head=True)
+    second = start_node(head=False)
+    flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
+    flags += f" --total-timesteps 1000000 --checkpoint-frequency 1000 --ray-address {address}"
+    process = start(tmp_path, flags, "apex_dqn_atari.py")
+    wait_for(lambda: checkpoints(tmp_path), process)
+    os.kill(second, signal.SIGKILL)
+    lost = steps(tmp_path)
+    wait_for(lambda: steps(tmp_path) > lost + 5000, process)
+    start_node(head=False)
+    wait_for(lambda: steps(tmp_path) > lost + 12_000, process, seconds=200)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in stderr, stderr
+    assert re.search(r"actor [01] died and has been started again", stdout + stderr)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "auto", "nowhere"])
+def test_cluster_that_is_not_there_is_one_sentence(tmp_path, address):
+    result = run(tmp_path, NO_EXTRAS + f" --total-timesteps 100 --ray-address {address}", "apex_dqn_atari.py")
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
+    assert result.stderr.startswith(f"error: --ray-address {address} is no running cluster")
+
+
+def test_small_buffer_is_one_sentence(tmp_path):
+    result = run(tmp_path, NO_EXTRAS.replace("--buffer-size 1000", "--buffer-size 200"), "apex_dqn_atari.py")
+    assert result.returncode == 1 and "error: --buffer-size 200 is too small" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_captured_learning_equals_plain_learning(monkeypatch):
+    """Sampling, update and priorities in one graph: parameters and priorities agree within float32 rounding."""
+    device, results = torch.device("cuda"), []
+    # the middle of every share is drawn
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.full(size, 0.5, device=device))
+    for wrap in (lambda function: function, CudaGraph):
+        agent = make_agent(4, device)
+        replay = Replay(make_args(envs_per_actor=4, buffer_size=4000, batch_size=64), device)
+        generator = torch.Generator().manual_seed(0)
+        for name in replay.ARRAYS:
+            array = getattr(replay, name)
+            high = {"frames": 256, "ages": 4, "actions": 4}.get(name)
+            shape, options = array.shape, {"generator": generator}
+            array.copy_(torch.randint(high, shape, **options) if high else torch.empty(shape).uniform_(**options))
+
+        def learn(agent=agent, replay=replay) -> None:
+            *batch, indices = replay.sample(64)
+            replay.update_priorities(indices, agent.update(*batch))
+
+        learn = wrap(learn)
+        for _ in range(20):
+            learn()
+        results.append((agent, replay))
+    (plain, plain_replay), (captured, captured_replay) = results
+    torch.testing.assert_close(plain.losses, captured.losses, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(plain_replay.priorities, captured_replay.priorities, rtol=1e-2, atol=1e-3)
+    for a, b in zip(plain.q_network.parameters(), captured.q_network.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("replay_device", ["cuda", "cpu"])
+def test_training_runs_and_resumes_on_cuda(tmp_path, replay_device):
+    flags = NO_EXTRAS + f" --device cuda --replay-device {replay_device} --total-timesteps 3000"
+    assert run(tmp_path, flags, "apex_dqn_atari.py").returncode == 0
+    resumed = run(tmp_path, f"--resume {run_folder(tmp_path)} --total-timesteps 4000", "apex_dqn_atari.py")
+    assert resumed.returncode == 0, resumed.stderr
