@@ -1125,6 +1125,9 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     act, value, estimate_advantages = graph(agent.act), graph(agent.value), graph(rollout.estimate_advantages)
     compute_gradients = graph(lambda indices, x: agent.compute_gradients(*rollout.minibatch(indices), x))
     apply_gradients = graph(agent.apply_gradients)
+    # few games are little work for many threads, which then wait, spinning, on the cores that the emulators need
+    all_threads = torch.get_num_threads()
+    acting_threads = max(1, min(all_threads, envs.num_envs // 16))
     # kept in main memory until the iteration ends
     rewards = np.zeros((args.num_steps, envs.num_envs), np.float32)
     ends = np.zeros((args.num_steps, envs.num_envs), np.bool_)
@@ -1160,6 +1163,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     try:
         while global_step < args.total_timesteps and not signals:
             # play
+            torch.set_num_threads(acting_threads)
             games = []
             rollout.observations[0] = rollout.observations[-1]
             for step in range(args.num_steps):
@@ -1177,6 +1181,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
                 games += [game | {"global_step": global_step} for game in ended]
 
             # learn
+            torch.set_num_threads(all_threads)
             rollout.values[-1] = value(rollout.observations[-1])
             estimate_advantages(upload(rewards, device), upload(ends, device))
             remaining = 1 - (global_step - args.num_steps * args.num_envs) / args.total_timesteps
