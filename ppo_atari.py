@@ -584,8 +584,8 @@ class ActorCritic(nn.Module):
             nn.Conv2d(32, 64, 4, stride=2),
             nn.ReLU(),
             nn.Conv2d(64, 64, 3, stride=1),
-            nn.ReLU(),
             nn.Flatten(),
+            nn.ReLU(),  # here its input and its gradient have the same memory format
             nn.Linear(64 * 7 * 7, 512),
             nn.ReLU(),
         )
@@ -601,7 +601,7 @@ class ActorCritic(nn.Module):
         # the first convolution is faster when its input is channels_last too, and bytes are the cheapest to reorder
         observations = observations.contiguous(memory_format=torch.channels_last)
         with torch.autocast(observations.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.trunk(observations.to(self.dtype) / 255)
+            features = self.trunk(observations.to(self.dtype).div_(255))
         return self.actor(features.float()), self.critic(features.float()).squeeze(1)
 
 
@@ -619,13 +619,14 @@ class Minibatch(NamedTuple):
 class Rollout:
     """An iteration's steps on ``device``: row t of each array is step t of all environments.
 
-    ``observations`` and ``values`` have one row more, for the state that the next iteration starts from.
+    ``observations`` and ``values`` have one row more, for the state that the next iteration starts from. In memory an
+    observation is channels_last, as the first convolution wants it: reordered once instead of in every epoch.
     """
 
     def __init__(self, num_steps: int, num_envs: int, gamma: float, gae_lambda: float, device: torch.device):
         self.gamma, self.gae_lambda = gamma, gae_lambda
         shape, longer = (num_steps, num_envs), (num_steps + 1, num_envs)
-        self.observations = torch.zeros(*longer, STACK, SIZE, SIZE, dtype=torch.uint8, device=device)
+        self.observations = torch.zeros(*longer, SIZE, SIZE, STACK, dtype=torch.uint8, device=device).movedim(-1, 2)
         self.values = torch.zeros(longer, device=device)
         self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs, self.advantages, self.returns = (torch.zeros(shape, device=device) for _ in range(3))
@@ -646,8 +647,9 @@ class Rollout:
 
     def minibatch(self, indices: torch.Tensor) -> Minibatch:
         """The steps with the numbers ``indices`` (int64 [size]), counted row by row."""
-        arrays = (self.observations[:-1], self.actions, self.logprobs, self.values[:-1], self.returns)
-        return Minibatch(*(array.flatten(0, 1).index_select(0, indices) for array in arrays))
+        arrays = (self.observations[:-1].movedim(2, -1), self.actions, self.logprobs, self.values[:-1], self.returns)
+        observations, *others = (array.flatten(0, 1).index_select(0, indices) for array in arrays)
+        return Minibatch(observations.movedim(-1, 1), *others)
 
 
 def deviations(rows: torch.Tensor) -> torch.Tensor:
@@ -1123,6 +1125,9 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     act, value, estimate_advantages = graph(agent.act), graph(agent.value), graph(rollout.estimate_advantages)
     compute_gradients = graph(lambda indices, x: agent.compute_gradients(*rollout.minibatch(indices), x))
     apply_gradients = graph(agent.apply_gradients)
+    # few games are little work for many threads, which then wait, spinning, on the cores that the emulators need
+    all_threads = torch.get_num_threads()
+    acting_threads = max(1, min(all_threads, envs.num_envs // 16))
     # kept in main memory until the iteration ends
     rewards = np.zeros((args.num_steps, envs.num_envs), np.float32)
     ends = np.zeros((args.num_steps, envs.num_envs), np.bool_)
@@ -1158,6 +1163,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     try:
         while global_step < args.total_timesteps and not signals:
             # play
+            torch.set_num_threads(acting_threads)
             games = []
             rollout.observations[0] = rollout.observations[-1]
             for step in range(args.num_steps):
@@ -1175,6 +1181,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
                 games += [game | {"global_step": global_step} for game in ended]
 
             # learn
+            torch.set_num_threads(all_threads)
             rollout.values[-1] = value(rollout.observations[-1])
             estimate_advantages(upload(rewards, device), upload(ends, device))
             remaining = 1 - (global_step - args.num_steps * args.num_envs) / args.total_timesteps

@@ -111,6 +111,19 @@ def test_advantages_with_both_kinds_of_endings(gamma, gae_lambda):
     np.testing.assert_allclose(rollout.returns.numpy(), expected + values[:-1], rtol=0, atol=1e-5)
 
 
+def test_minibatch_has_the_steps_of_its_indices():
+    """... with observations in the memory format that the first convolution wants."""
+    rollout = Rollout(5, 3, 0.99, 0.95, CPU)
+    observations = torch.randint(0, 256, (6, 3, STACK, SIZE, SIZE), dtype=torch.uint8)
+    rollout.observations.copy_(observations)
+    rollout.actions.copy_(torch.arange(15).view(5, 3))
+    indices = torch.tensor([14, 0, 4, 11])
+    minibatch = rollout.minibatch(indices)
+    assert torch.equal(minibatch.observations, observations.flatten(0, 1)[indices])
+    assert minibatch.observations.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(minibatch.actions, indices)
+
+
 def test_statistics_of_rows():
     rows = torch.randn(3, 50) * torch.tensor([[1.0], [10.0], [0.1]]) + torch.tensor([[0.0], [100.0], [-1.0]])
     exact = rows.double()
