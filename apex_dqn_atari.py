@@ -1109,6 +1109,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
     elif args.ray_address == "local":  # leave their cores to the actors
         torch.set_num_threads(max(torch.get_num_threads() - args.num_actors, 1))
+    torch.set_flush_denormal(True)  # RMSProp's averages of gradients that have stopped fade into slow tiny numbers
 
     agent = Agent(args, int(Atari(args).action_space.n), device)
     replay = Replay(args, find_replay_device(args, device))
