@@ -64,8 +64,8 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # th
 ALGORITHM = "Ape-X DQN"  # written into checkpoints: those of another algorithm are refused
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
 METRICS = ("td_loss", "q_values", "priorities")  # in losses/
-FIXED_FLAGS = ("env_id", "num_actors", "envs_per_actor", "buffer_size", "gamma", "n_step", "prioritized_replay_alpha",
-               "full_action_space", "precision")  # on --resume  # fmt: skip
+FIXED_FLAGS = ("env_id", "num_actors", "envs_per_actor", "buffer_size", "gamma", "n_step")  # on --resume
+FIXED_FLAGS += ("prioritized_replay_alpha", "full_action_space", "precision")
 CHUNK = 50  # steps of each environment that an actor sends at a time, as in the paper
 REQUESTS = 3  # chunks asked of each actor in advance, so that it never waits for the learner
 PRIORITY_EPS = 1e-6  # added to the error, so that no transition is lost for good
@@ -550,7 +550,8 @@ def n_step_returns(rewards: np.ndarray, ends: np.ndarray, n_step: int, gamma: fl
 class Actor:
     """Plays ``envs_per_actor`` games with one forward pass a step, on one core: a Ray actor.
 
-    Each of its environments has the epsilon, and so the part, of one of the paper's actors.
+    Each of its environments has the epsilon, and so the part, of one of the paper's actors. ``start`` is the learner's
+    step: a resumed run plays other games.
     """
 
     def __init__(self, args: Args, number: int, precision: str, start: int):
@@ -581,8 +582,8 @@ class Actor:
         Returns ``frames``, uint8 [CHUNK, envs, 84, 84], of these steps, and the transitions that they complete, which
         began ``n_step`` earlier, [CHUNK, envs] each: ``ages`` and ``actions``, uint8, ``returns``, ``discounts`` and
         ``priorities``, float32; the ``games`` that ended; the number of the ``first_step`` since this actor started;
-        ``updates``; and ``waiting``, the share of time in which there was nothing to do. All but the last are views
-        that the next call overwrites.
+        ``updates``; and ``waiting``, the share of time in which nothing was asked of it. The arrays may be views that
+        the next call overwrites.
         """
         called, steps, games = time.perf_counter(), self.steps, []
         if updates != self.updates:
@@ -608,9 +609,9 @@ class Actor:
 
         returns, discounts, valid = n_step_returns(steps["rewards"], steps["ends"], self.n_step, self.gamma)
         td_errors = returns + discounts * steps["q_best"][self.n_step :] - steps["q_taken"][:CHUNK]
-        first_step, waiting = self.num_steps, called - self.finished
-        self.num_steps += CHUNK
-        waiting, self.finished = waiting / (time.perf_counter() - self.finished), time.perf_counter()
+        now = time.perf_counter()
+        waiting, self.finished = (called - self.finished) / (now - self.finished), now
+        first_step, self.num_steps = self.num_steps, self.num_steps + CHUNK
         return {
             "frames": steps["frames"][self.n_step :],
             "ages": steps["ages"][:CHUNK],
@@ -628,7 +629,7 @@ class Actor:
 class Actors:
     """The learner's side of all actors: keeps ``REQUESTS`` chunks asked of each, and hands them over in order.
 
-    Ray starts an actor that has died again, elsewhere if its machine is gone, and asks it for the same chunks.
+    An actor that has died is started anew by Ray, elsewhere if its machine is gone, and asked for the same chunks.
     """
 
     def __init__(self, args: Args, precision: str, start: int):
@@ -1204,7 +1205,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
                      "charts/replay_size": replay.size, "charts/weights_age": np.mean(weights_ages),
                      "charts/actors_waiting": np.mean(waiting)} | agent.mean_losses())  # fmt: skip
                 agent.losses.zero_()
-                weights_ages.clear(), waiting.clear()
+                del weights_ages[:], waiting[:]
                 bar.update(global_step - bar.n)
                 recent = f"{np.mean(returns):.1f}" if returns else "-"
                 bar.set_postfix_str(f"SPS {sps:.0f}, updates/s {ups:.1f}, return of the greediest {recent}")
