@@ -515,6 +515,13 @@ def own_share(args: Args) -> Args:
     return replace(args, num_envs=num_envs, num_workers=num_workers)
 
 
+def halve(share: Args) -> list[Args]:
+    """The flags of two halves of the games, or of all together where one process runs them or they cannot be halved."""
+    if share.num_workers < 2 or share.num_envs % 2:
+        return [share]
+    return [replace(share, num_envs=share.num_envs // 2, num_workers=(share.num_workers + i) // 2) for i in range(2)]
+
+
 def join_ranks(device: torch.device) -> None:
     """Waits for all ranks; after this they can work together."""
     store, _, _ = next(dist.rendezvous("env://"))
@@ -1094,7 +1101,9 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
 
     Every rank runs this with its share of the environments; what is logged, evaluated and saved is left to rank 0.
     """
-    envs = AtariVector(own_share(args))
+    num_envs = own_share(args).num_envs
+    vectors = [AtariVector(half) for half in halve(own_share(args))]
+    halves = [(envs, slice(i * envs.num_envs, (i + 1) * envs.num_envs)) for i, envs in enumerate(vectors)]
     if WORLD_SIZE > 1:
         join_ranks(device)
     torch.manual_seed(args.seed + RANK)
@@ -1104,14 +1113,15 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
-    agent = Agent(args, envs.num_actions, device)
-    rollout = Rollout(args.num_steps, envs.num_envs, args.gamma, args.gae_lambda, device)
+    agent = Agent(args, vectors[0].num_actions, device)
+    rollout = Rollout(args.num_steps, num_envs, args.gamma, args.gae_lambda, device)
     global_step, run_id = 0, None
     if checkpoint:
         global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
         agent.load_state_dict(checkpoint["agent"])
         own = checkpoint["ranks"][RANK]
-        rollout.observations[-1] = torch.from_numpy(envs.load_state_dict(own["envs"]))
+        for envs, columns in halves:
+            rollout.observations[-1, columns] = torch.from_numpy(envs.load_state_dict(own["envs"][columns]))
         torch.set_rng_state(own["torch_rng"])
         if device.type == "cuda" and own["cuda_rng"] is not None:
             torch.cuda.set_rng_state(own["cuda_rng"])
@@ -1119,7 +1129,9 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     else:
         for parameter in agent.network.parameters() if WORLD_SIZE > 1 else ():
             together(dist.broadcast, parameter.data, 0)
-        rollout.observations[-1] = torch.from_numpy(envs.reset(args.seed + RANK * envs.num_envs))
+        for envs, columns in halves:
+            first = args.seed + RANK * num_envs + columns.start
+            rollout.observations[-1, columns] = torch.from_numpy(envs.reset(first))
 
     graph = CudaGraph if device.type == "cuda" else lambda function: function
     act, value, estimate_advantages = graph(agent.act), graph(agent.value), graph(rollout.estimate_advantages)
@@ -1127,10 +1139,10 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     apply_gradients = graph(agent.apply_gradients)
     # few games are little work for many threads, which then wait, spinning, on the cores that the emulators need
     all_threads = torch.get_num_threads()
-    acting_threads = max(1, min(all_threads, envs.num_envs // 16))
+    acting_threads = max(1, min(all_threads, num_envs // 16))
     # kept in main memory until the iteration ends
-    rewards = np.zeros((args.num_steps, envs.num_envs), np.float32)
-    ends = np.zeros((args.num_steps, envs.num_envs), np.bool_)
+    rewards = np.zeros((args.num_steps, num_envs), np.float32)
+    ends = np.zeros((args.num_steps, num_envs), np.bool_)
 
     run = start_wandb(args, run_dir.name, run_id) if RANK == 0 else None
     stop_signals, exit_code = [], 1
@@ -1150,7 +1162,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
 
     def save_checkpoint() -> None:
         agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        own = {"envs": envs.state_dict(), "torch_rng": torch.get_rng_state(), "launch": LAUNCH}
+        own = {"envs": sum((envs.state_dict() for envs in vectors), []), "launch": LAUNCH}
+        own |= {"torch_rng": torch.get_rng_state()}
         own |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         ranks = gather(own)
         if RANK == 0:
@@ -1166,23 +1179,29 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
             torch.set_num_threads(acting_threads)
             games = []
             rollout.observations[0] = rollout.observations[-1]
-            for step in range(args.num_steps):
-                actions, logprobs, values = act(rollout.observations[step])
-                envs.send(actions.cpu().numpy())
-                global_step += args.num_envs
-                rollout.actions[step], rollout.logprobs[step], rollout.values[step] = actions, logprobs, values
-                observations, rewards[step], terminated, truncated, ended = envs.recv()
-                rollout.observations[step + 1] = torch.from_numpy(observations)
-                ends[step] = terminated | truncated
-                cut_off = truncated & ~terminated
-                if cut_off.any():  # its last state's value stands for the rewards that the game still had
-                    final_values = value(upload(envs.arrays["final_observations"], device)).cpu().numpy()
-                    rewards[step] += args.gamma * final_values * cut_off
-                games += [game | {"global_step": global_step} for game in ended]
+            for step in range(args.num_steps + 1):
+                for envs, columns in halves:  # while the emulators of one run, the policy computes for the other
+                    if step > 0:
+                        observations, rewards[step - 1, columns], terminated, truncated, ended = envs.recv()
+                        rollout.observations[step, columns] = torch.from_numpy(observations)
+                        ends[step - 1, columns] = terminated | truncated
+                        cut_off = truncated & ~terminated
+                        if cut_off.any():  # its last state's value stands for the rewards that the game still had
+                            final_values = value(upload(envs.arrays["final_observations"], device)).cpu().numpy()
+                            rewards[step - 1, columns] += args.gamma * final_values * cut_off
+                        games += [game | {"global_step": global_step} for game in ended]
+                    if step < args.num_steps:
+                        actions, logprobs, values = act(rollout.observations[step, columns])
+                        envs.send(actions.cpu().numpy())
+                        rollout.actions[step, columns], rollout.logprobs[step, columns] = actions, logprobs
+                        rollout.values[step, columns] = values
+                    else:
+                        rollout.values[step, columns] = value(rollout.observations[step, columns])
+                if step < args.num_steps:
+                    global_step += args.num_envs
 
             # learn
             torch.set_num_threads(all_threads)
-            rollout.values[-1] = value(rollout.observations[-1])
             estimate_advantages(upload(rewards, device), upload(ends, device))
             remaining = 1 - (global_step - args.num_steps * args.num_envs) / args.total_timesteps
             agent.learning_rate.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
@@ -1235,7 +1254,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
             exit_code = max(gather(0 if saved else 1))  # also waits for rank 0
     finally:
         bar.close()
-        envs.close()
+        for envs in vectors:
+            envs.close()
         if run:
             run.finish(exit_code)
     if WORLD_SIZE > 1:

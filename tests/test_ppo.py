@@ -138,14 +138,16 @@ def test_statistics_of_rows():
     assert math.isnan(explained_variance(noise, torch.ones(50)))
 
 
-def test_rollout_is_what_the_games_did(monkeypatch, tmp_path):
+@pytest.mark.parametrize("num_envs, num_workers", [(3, 0), (4, 2)], ids=["together", "in halves"])
+def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_workers):
     """Two iterations of ``train`` on a real game with cut-off and ended episodes, against games played one by one.
 
     The games are given the actions that the rollout holds; their observations, rewards and ends, and the networks' own
     probabilities and values, must then be those of the rollout, and the advantages those of the direct sum.
     """
-    args = Args(env_id="Breakout", num_envs=3, num_steps=80, num_minibatches=2, update_epochs=1, num_workers=0)
-    args.max_episode_frames, args.total_timesteps, args.wandb_mode = 220, 480, "disabled"
+    args = Args(env_id="Breakout", num_envs=num_envs, num_workers=num_workers, num_steps=80, num_minibatches=2)
+    args.max_episode_frames, args.total_timesteps, args.wandb_mode = 220, 160 * num_envs, "disabled"
+    args.update_epochs = 1
     args.precision, args.seed = "float32", 5
     rollouts, networks, original = [], [], Rollout.estimate_advantages
 
@@ -159,17 +161,17 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path):
     monkeypatch.setattr(Agent, "__init__", lambda self, *arguments: (agents.append(self), init(self, *arguments))[1])
     monkeypatch.setattr(ppo_atari, "evaluate", lambda *arguments, **flags: None)
     assert ppo_atari.train(args, CPU, tmp_path, None) == 0
-    assert len(rollouts) == 2
-    games = [ppo_atari.Atari(args) for _ in range(3)]
+    assert len(rollouts) == 2 and len(ppo_atari.halve(args)) == 1 + (num_workers > 1)
+    games = [ppo_atari.Atari(args) for _ in range(num_envs)]
     observations = np.stack([game.reset(seed=5 + i)[0] for i, game in enumerate(games)])
     kinds = np.zeros(2, int)
     for rollout, network in zip(rollouts, networks):
-        rewards, terminated, truncated, final_values = np.zeros((4, 80, 3))
+        rewards, terminated, truncated, final_values = np.zeros((4, 80, num_envs))
         for t in range(80):
             np.testing.assert_array_equal(rollout.observations[t].numpy(), observations)
             with torch.no_grad():
                 logits, values = network(torch.from_numpy(observations))
-            log_policy = logits.log_softmax(1)[range(3), rollout.actions[t]]
+            log_policy = logits.log_softmax(1)[range(num_envs), rollout.actions[t]]
             torch.testing.assert_close(rollout.values[t], values)
             torch.testing.assert_close(rollout.logprobs[t], log_policy)
             for i, game in enumerate(games):
@@ -731,6 +733,15 @@ def test_own_share_of_games_and_processes(monkeypatch):
         monkeypatch.setattr(ppo_atari, "LOCAL_WORLD_SIZE", ranks)
         share = ppo_atari.own_share(Args(**flags))
         assert (share.num_envs, share.num_workers) == (num_envs, num_workers)
+
+
+@pytest.mark.parametrize(
+    "num_envs, num_workers, expected",
+    [(8, 2, [(4, 1), (4, 1)]), (6, 5, [(3, 2), (3, 3)]), (8, 1, [(8, 1)]), (8, 0, [(8, 0)]), (7, 4, [(7, 4)])],
+)
+def test_games_are_halved_where_they_can_be(num_envs, num_workers, expected):
+    halves = ppo_atari.halve(Args(num_envs=num_envs, num_workers=num_workers))
+    assert [(half.num_envs, half.num_workers) for half in halves] == expected
 
 
 if __name__ == "__main__":
