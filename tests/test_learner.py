@@ -1,10 +1,14 @@
 """DQN's network, acting and update against direct computations and a decision process with a known answer."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import dqn_atari
 from dqn_atari import SIZE, STACK, Agent, Args, QNetwork, Replay, linear_schedule
@@ -171,6 +175,19 @@ def test_bfloat16_trunk_stays_close_to_float32():
     observations = random_batch()[0]
     assert half(observations).dtype == torch.float32
     torch.testing.assert_close(half(observations), network(observations), rtol=0, atol=5e-3)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept(kept):
+    """90 MB that come and go cost no page fault after the first time, and thousands if nothing is done for it."""
+    lines = ["import resource, dqn_atari", "dqn_atari.keep_freed_memory()" if kept else ""]
+    lines += ["faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt"]
+    lines += ["use = lambda: len([bytearray(30 * 2**20) for _ in range(3)])", "use(), use()", "before = faults()"]
+    lines += ["use(), use(), use()", "print(faults() - before)"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (int(result.stdout) < 100) == kept
 
 
 def test_loss_that_is_not_finite_ends_the_run():
