@@ -328,20 +328,25 @@ def test_priorities_are_updated_in_place():
     assert torch.equal(before[others], after[others])
 
 
-def test_sums_of_millions_of_priorities_are_exact():
-    """Two transitions with all the weight among two million small ones are drawn as often as they should be."""
-    torch.manual_seed(0)
-    priorities = torch.full((250_000, 8), 1e-4)
-    priorities[0, 0] = priorities[-1, -1] = 1e3
-    replay = Replay(make_args(envs_per_actor=8, buffer_size=8 * (CHUNK + 10)), CPU)
-    replay.priorities, replay.rows = priorities, 250_000
-    total = priorities.double().sum().item()
-    replay._window = lambda *arguments: torch.zeros(20_000, STACK + 3, 1, 1, dtype=torch.uint8)
+def test_sums_of_millions_of_priorities_are_exact(monkeypatch):
+    """Behind one with all the weight, two million small ones are still told apart: float32 would merge ten of them."""
+    rows, envs = 250_000, 8
+    replay = Replay(make_args(envs_per_actor=envs, buffer_size=envs * (CHUNK + 10)), CPU)
+    replay.rows, replay.priorities = rows, torch.full((rows, envs), 1e-4)
+    replay.priorities[0, 0] = 1e4
+    replay._window = lambda *arguments: torch.zeros(1, STACK + 3, 1, 1, dtype=torch.uint8)
     for name in ("ages", "actions", "returns", "discounts"):
-        setattr(replay, name, torch.zeros(250_000, 8))
-    indices = replay.sample(20_000).indices
-    assert (indices == 1_999_999).float().mean().item() == pytest.approx(1e3 / total, abs=1e-4)
-    assert indices.max() == 1_999_999
+        setattr(replay, name, torch.zeros(rows, envs))
+    cumulative = replay.priorities.double().flatten().numpy().cumsum()
+    for draw in (0.1, 0.981, 0.985, 0.99, 0.995, 0.9999):
+        monkeypatch.setattr(torch, "rand", lambda size, draw=draw, **options: torch.full((size,), draw))
+        expected = np.searchsorted(cumulative, float(np.float32(draw)) * cumulative[-1], side="right")
+        assert abs(replay.sample(1).indices.item() - expected) <= 1
+
+
+def test_draws_at_the_edge_of_a_share_are_of_the_next(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.zeros(size))
+    assert filled_replay(torch.tensor([[0.0], [1.0], [0.0], [1.0]])).sample(2).indices.tolist() == [1, 3]
 
 
 def test_replay_survives_a_checkpoint(scripted, tmp_path):
