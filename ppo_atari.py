@@ -1146,9 +1146,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     act, value, estimate_advantages = graph(agent.act), graph(agent.value), graph(rollout.estimate_advantages)
     compute_gradients = graph(lambda indices, x: agent.compute_gradients(*rollout.minibatch(indices), x))
     apply_gradients = graph(agent.apply_gradients)
-    # few games are little work for many threads, which then wait, spinning, on the cores that the emulators need
     all_threads = torch.get_num_threads()
-    acting_threads = max(1, min(all_threads, num_envs // 16))
+    acting_threads = max(all_threads // 2, 1)  # threads that wait for work spin, on cores that the emulators need
     # kept in main memory until the iteration ends
     rewards = np.zeros((args.num_steps, num_envs), np.float32)
     ends = np.zeros((args.num_steps, num_envs), np.bool_)
