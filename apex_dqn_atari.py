@@ -34,6 +34,7 @@ import difflib
 import math
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -695,6 +696,7 @@ def start_ray(args: Args) -> None:
     if args.ray_address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.num_actors = args.num_actors or max(cores - 1, 1)
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one into the home folder
         in_flight = args.num_actors * REQUESTS * CHUNK * args.envs_per_actor * BYTES_PER_TRANSITION
         ray.init("local", num_cpus=args.num_actors, object_store_memory=2 * in_flight + 2**28, **options)
     else:
