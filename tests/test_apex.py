@@ -1,19 +1,10 @@
-"""Ape-X: n-step returns, prioritised replay, actors, update and overlay against direct computations; Ray's faults."""
+"""Ape-X: n-step returns, prioritised replay, actors, update and overlay against direct computations."""
 
 import copy
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_command_line import run, run_folder, start, wait_for, wandb_records
 from test_learner import random_batch, state_frame
 from test_replay import Naive
 
@@ -44,8 +35,6 @@ from apex_dqn_atari import (
 )
 
 CPU = torch.device("cpu")
-SHORT = "--env-id Breakout --num-actors 1 --envs-per-actor 4 --learning-starts 400 --buffer-size 1000 --batch-size 32"
-NO_EXTRAS = SHORT + " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
 def make_args(**flags) -> Args:
@@ -677,195 +666,6 @@ def test_trace_is_the_value():
     assert list(env.values) == [0, 1, 2, 3, 4]
 
 
-# ---------------------------------------------------------------------------------------- runs, faults and ends
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Process numbers and titles of all that ``pid`` and its children have started."""
-    parents, titles = {}, {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            titles[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
-        except (OSError, ValueError):
-            continue
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {process: titles[process] for process in found - {pid} if titles[process]}
-
-
-def actor_processes(pid: int) -> list[int]:
-    return sorted(process for process, title in descendants(pid).items() if title.startswith("ray::Actor"))
-
-
-def is_alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def assert_all_gone(processes, seconds=20) -> None:
-    deadline, processes = time.monotonic() + seconds, list(processes)
-    while left := [process for process in processes if is_alive(process)]:
-        assert time.monotonic() < deadline, f"left behind: {left}"
-        time.sleep(0.1)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    return list(folder.glob("runs/*/checkpoint.pt"))
-
-
-def steps(folder: Path) -> int:
-    """Of the last checkpoint."""
-    return torch.load(checkpoints(folder)[0], weights_only=True, mmap=True)["global_step"]
-
-
-def test_steps_per_update_bounds_the_ratio(tmp_path):
-    """Exactly one update for each 20 steps after the first 400, however fast the actors are."""
-    result = run(tmp_path, NO_EXTRAS + " --total-timesteps 3000 --steps-per-update 20", "apex_dqn_atari.py")
-    assert result.returncode == 0, result.stderr
-    checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
-    learned = checkpoint["global_step"] - 400
-    assert checkpoint["updates"] == pytest.approx(learned / 20, abs=CHUNK * 4 / 20)
-
-
-def test_killed_actor_is_started_again(tmp_path):
-    """kill -9 of an actor: Ray starts it again, the run goes on to its end, and leaves no process behind."""
-    flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    process = start(tmp_path, flags + " --total-timesteps 12000 --checkpoint-frequency 1000", "apex_dqn_atari.py")
-    wait_for(lambda: checkpoints(tmp_path), process)
-    before = descendants(process.pid)
-    first, second = actor_processes(process.pid)
-    os.kill(first, signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=200)
-    assert process.returncode == 0, stderr
-    assert re.search(r"actor [01] died and has been started again", stdout + stderr)
-    assert "step 12," in stdout and "Traceback" not in stderr
-    replay = torch.load(checkpoints(tmp_path)[0], weights_only=True)["replay"]
-    assert min(replay["num_steps"]) > 1000  # each actor went on after it
-    assert_all_gone(before)
-
-
-def test_actor_that_raises_ends_the_run_with_its_traceback(tmp_path):
-    script = (ROOT / "apex_dqn_atari.py").read_text()
-    line = "        called, steps, games = time.perf_counter(), self.steps, []\n"
-    assert script.count(line) == 1
-    broken = script.replace(line, line + "        assert self.num_steps < 150, 'the joystick fell off'\n")
-    (tmp_path / "broken.py").write_text(broken)
-    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 100000", script=tmp_path / "broken.py")
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "error: actor 0 failed:" in stderr and "AssertionError: the joystick fell off" in stderr
-    assert "in play" in stderr
-
-
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_learner_resumes(tmp_path, number, exit_code):
-    """Signalled as a terminal or a job scheduler does, or killed: the replay, its priorities and counters go on."""
-    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 100000 --checkpoint-frequency 1000", "apex_dqn_atari.py")
-    wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
-    before = descendants(process.pid)
-    assert len(actor_processes(process.pid)) == 1
-    if number == signal.SIGKILL:
-        process.kill()
-    else:
-        os.killpg(process.pid, number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == exit_code, stderr
-    # Ray's agents of the runtime need a minute to notice that the learner was killed
-    assert_all_gone(pid for pid, title in before.items() if number != signal.SIGKILL or "Agent" not in title)
-    checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
-    stopped, updates = checkpoint["global_step"], checkpoint["updates"]
-    assert updates > 0 and (checkpoint["replay"]["priorities"] > 0).sum() > 500
-    if number != signal.SIGKILL:
-        assert "--resume" in stdout and "Traceback" not in stderr
-    result = run(tmp_path, f"--resume {run_folder(tmp_path)} --total-timesteps {stopped + 1000}", "apex_dqn_atari.py")
-    assert result.returncode == 0, result.stderr
-    checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
-    assert stopped + 1000 <= checkpoint["global_step"] <= stopped + 2000 and checkpoint["updates"] > updates
-    assert checkpoint["replay"]["num_steps"][0] == checkpoint["global_step"] // 4
-
-
-def test_charts_tell_greediest_from_explorers(tmp_path):
-    flags = NO_EXTRAS.replace("disabled", "offline") + " --total-timesteps 4000"
-    result = run(tmp_path, flags, "apex_dqn_atari.py")
-    assert result.returncode == 0, result.stderr
-    items = [record["history"]["item"] for record in wandb_records(tmp_path) if record["type"] == "history"]
-    games = [item for item in items if "charts/episodic_return" in item]
-    kinds = [("charts/episodic_return_greediest" in game, "charts/episodic_return_explorers" in game) for game in games]
-    assert set(kinds) <= {(True, False), (False, True)} and (False, True) in kinds
-    logged = [item for item in items if "charts/SPS" in item]
-    names = {"updates_per_second", "replay_size", "weights_age", "actors_waiting", "learning_rate"}
-    assert all({f"charts/{name}" for name in names} <= set(item) for item in logged)
-    assert [item["charts/replay_size"] for item in logged] == [min(item["global_step"], 1000) for item in logged]
-    assert "losses/priorities" in logged[-1] and logged[-1]["charts/updates_per_second"] > 0
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """Starts nodes of a Ray cluster on this machine, one CPU each, by the commands that README gives; ends them all."""
-    port = 20_000 + os.getpid() % 10_000
-    for name, value in (("AUTH_MODE", "token"), ("AUTH_TOKEN", "0123456789abcdef" * 4), ("USAGE_STATS_ENABLED", "0")):
-        monkeypatch.setenv(f"RAY_{name}", value)
-
-    def raylets() -> set[int]:
-        return {pid for pid, title in descendants(1).items() if "raylet/raylet" in title and f":{port}" in title}
-
-    def start_node(flags: str) -> int:
-        """Returns the process number of its raylet."""
-        before, command = raylets(), [Path(sys.executable).parent / "ray", "start", *flags.split()]
-        command += ["--num-cpus", "1", "--object-store-memory", str(2**28)]
-        subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=120)
-        (raylet,) = raylets() - before
-        return raylet
-
-    start_node(f"--head --port {port} --include-dashboard false")
-    yield f"127.0.0.1:{port}", start_node
-    for pid in [pid for pid, title in descendants(1).items() if f":{port}" in title or f"port={port}" in title]:
-        os.kill(pid, signal.SIGKILL)
-
-
-def test_cluster_of_two_nodes_loses_one(tmp_path, cluster):
-    """The actor of the lost node is gone, the other goes on; when a node joins, the lost one is started there."""
-    address, start_node = cluster
-    node = start_node(f"--address {address}")
-    flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    flags += f" --total-timesteps 1000000 --steps-per-update 20 --checkpoint-frequency 1000 --ray-address {address}"
-    process = start(tmp_path, flags, "apex_dqn_atari.py")
-
-    def stored() -> list[int]:
-        """Steps of each actor in the last checkpoint."""
-        return torch.load(checkpoints(tmp_path)[0], weights_only=True, mmap=True)["replay"]["num_steps"]
-
-    wait_for(lambda: checkpoints(tmp_path) and min(stored()) > 300, process)
-    os.kill(node, signal.SIGKILL)
-    time.sleep(1)
-    before = stored()
-    wait_for(lambda: max(stored()) > max(before) + 1000, process)
-    survivor = int(np.argmax(stored()))
-    assert stored()[1 - survivor] <= before[1 - survivor] + 4 * CHUNK
-    start_node(f"--address {address}")
-    wait_for(lambda: stored()[1 - survivor] > before[1 - survivor] + 500, process, seconds=200)
-    process.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in stderr, stderr
-    assert f"actor {1 - survivor} died and has been started again" in stdout + stderr
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
-def test_cluster_that_is_not_there_is_one_sentence(tmp_path, address):
-    result = run(tmp_path, NO_EXTRAS + f" --total-timesteps 100 --ray-address {address}", "apex_dqn_atari.py")
-    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
-    assert result.stderr.startswith(f"error: --ray-address {address} is no running cluster")
-
-
-def test_small_buffer_is_one_sentence(tmp_path):
-    result = run(tmp_path, NO_EXTRAS.replace("--buffer-size 1000", "--buffer-size 200"), "apex_dqn_atari.py")
-    assert result.returncode == 1 and "error: --buffer-size 200 is too small" in result.stderr
-
-
 # --------------------------------------------------------------------------------------------------------- CUDA
 
 
@@ -898,12 +698,3 @@ def test_captured_learning_equals_plain_learning(monkeypatch):
     torch.testing.assert_close(plain_replay.priorities, captured_replay.priorities, rtol=1e-2, atol=1e-3)
     for a, b in zip(plain.q_network.parameters(), captured.q_network.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("replay_device", ["cuda", "cpu"])
-def test_training_runs_and_resumes_on_cuda(tmp_path, replay_device):
-    flags = NO_EXTRAS + f" --device cuda --replay-device {replay_device} --total-timesteps 3000"
-    assert run(tmp_path, flags, "apex_dqn_atari.py").returncode == 0
-    resumed = run(tmp_path, f"--resume {run_folder(tmp_path)} --total-timesteps 4000", "apex_dqn_atari.py")
-    assert resumed.returncode == 0, resumed.stderr
