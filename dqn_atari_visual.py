@@ -197,6 +197,26 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
+def catch_signals(grace: float = 1.0) -> list[int]:
+    """From now on SIGINT and SIGTERM are added to the list returned; after ``grace`` seconds a further one is fatal.
+
+    Terminals, ``timeout`` and job schedulers can signal a process and its group, so that one stop arrives twice.
+    """
+    caught, fatal_from = [], math.inf
+
+    def catch(number: int, _) -> None:
+        nonlocal fatal_from
+        if time.monotonic() >= fatal_from:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        fatal_from = min(fatal_from, time.monotonic() + grace)
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
 # ------------------------------------------------------------------------------------------- Atari environment
 
 STACK = 4  # frames in an observation
@@ -1338,9 +1358,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         learn = lambda: update(*(upload(x, device) for x in replay.sample(args.batch_size)))  # noqa: E731
 
     run = start_wandb(args, run_dir.name, run_id)
-    stop_signals, exit_code = [], 1
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop_signals.append(number), signal.signal(number, signal.SIG_DFL)))
+    stop_signals, exit_code = catch_signals(), 1
 
     def passed(frequency: int) -> int:
         """How many multiples of ``frequency`` the last step of all environments has reached."""

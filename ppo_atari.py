@@ -202,6 +202,26 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
+def catch_signals(grace: float = 1.0) -> list[int]:
+    """From now on SIGINT and SIGTERM are added to the list returned; after ``grace`` seconds a further one is fatal.
+
+    Terminals, ``timeout`` and job schedulers can signal a process and its group, so that one stop arrives twice.
+    """
+    caught, fatal_from = [], math.inf
+
+    def catch(number: int, _) -> None:
+        nonlocal fatal_from
+        if time.monotonic() >= fatal_from:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        fatal_from = min(fatal_from, time.monotonic() + grace)
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
 # ------------------------------------------------------------------------------------------- Atari environment
 
 STACK = 4  # frames in an observation
@@ -1110,8 +1130,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     Every rank runs this with its share of the environments; what is logged, evaluated and saved is left to rank 0.
     """
     keep_freed_memory()
-    num_envs = own_share(args).num_envs
-    vectors = [AtariVector(half) for half in halve(own_share(args))]
+    share = own_share(args)
+    num_envs, vectors = share.num_envs, [AtariVector(half) for half in halve(share)]
     halves = [(envs, slice(i * envs.num_envs, (i + 1) * envs.num_envs)) for i, envs in enumerate(vectors)]
     if WORLD_SIZE > 1:
         join_ranks(device)
@@ -1153,11 +1173,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     ends = np.zeros((args.num_steps, num_envs), np.bool_)
 
     run = start_wandb(args, run_dir.name, run_id) if RANK == 0 else None
-    stop_signals, exit_code = [], 1
-    # a second signal ends the program at once; but torchrun passes on signals that its ranks may have had already
-    again = signal.SIG_DFL if WORLD_SIZE == 1 else signal.SIG_IGN
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop_signals.append(number), signal.signal(number, again)))
+    # torchrun passes on, at any time, signals that its ranks have had already
+    stop_signals, exit_code = catch_signals(1.0 if WORLD_SIZE == 1 else math.inf), 1
 
     def passed(frequency: int) -> int:
         """How many multiples of ``frequency`` the last iteration has reached."""

@@ -1,6 +1,8 @@
 """Ape-X: n-step returns, prioritised replay, actors, update and overlay against direct computations."""
 
 import copy
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +104,8 @@ class Script:
         self.step_number += 1
         self.stack[:-1] = self.stack[1:]
         self._draw()
-        return self.stack, reward, terminated, truncated, {"episode": {"r": 1.0}} if terminated else {}
+        episode = {"r": 1.0, "l": 1, "unique_frames": 1.0}
+        return self.stack, reward, terminated, truncated, {"episode": episode} if terminated else {}
 
     def _draw(self):
         self.stack[-1] = self.rng.integers(0, 256, (SIZE, SIZE))
@@ -528,6 +531,96 @@ def test_importance_weights_undo_the_bias_of_the_priorities():
         learned[beta] = np.mean(estimates[150:])
     assert learned[0.0] == pytest.approx(0.25, abs=0.03)
     assert learned[1.0] == pytest.approx(0.1, abs=0.03)
+
+
+class ActorHere:
+    """Stands in for ``Actors``: one actor, which plays in this process. ``events`` are what training did, in order."""
+
+    events = []
+
+    def __init__(self, args, precision, start):
+        self.actor, self.args = Actor(args, 0, precision, start), args
+
+    def publish(self, weights, updates):
+        self.weights, self.updates = copy.deepcopy(weights), updates
+        ActorHere.events.append(("publish", updates, float(sum(array.sum() for array in weights.values()))))
+
+    def receive(self, patience):
+        chunk = self.actor.play(self.weights, self.updates)
+        ActorHere.events += [("game", game["env"]) for game in chunk["games"]]
+        yield 0, chunk, True
+
+    def close(self):
+        ActorHere.events.append(("close",))
+
+
+def test_training_copies_and_publishes_the_weights_in_time(scripted, monkeypatch, tmp_path):
+    """1,600 steps of two games, an update for each 20 after the first 400, in chunks of 100 steps."""
+    args = make_args(total_timesteps=1600, learning_starts=400, steps_per_update=20, batch_size=4, buffer_size=2000)
+    args.target_network_frequency, args.weights_frequency, args.wandb_mode = 7, 150, "disabled"
+    ActorHere.events = events = []
+    update, update_target = Agent.update, Agent.update_target
+
+    def record_update(agent, *batch):
+        result = update(agent, *batch)
+        events.append(("update", float(sum(array.sum() for array in agent.weights().values()))))
+        return result
+
+    def record_copy(agent):
+        update_target(agent)
+        events.append(("copy",))
+
+    monkeypatch.setattr(apex_dqn_atari, "Actors", ActorHere)
+    monkeypatch.setattr(apex_dqn_atari, "start_ray", lambda args: None)
+    monkeypatch.setattr(apex_dqn_atari.ray, "shutdown", lambda: events.append(("shutdown",)))
+    monkeypatch.setattr(apex_dqn_atari, "evaluate", lambda *arguments, **flags: None)
+    logged = []
+    run = SimpleNamespace(id="run", log=logged.append, finish=lambda code: None, log_model=lambda *_, **flags: None)
+    monkeypatch.setattr(apex_dqn_atari, "start_wandb", lambda *arguments: run)
+    monkeypatch.setattr(Agent, "update", record_update)
+    monkeypatch.setattr(Agent, "update_target", record_copy)
+    assert apex_dqn_atari.train(args, CPU, tmp_path, None) == 0
+
+    updates = np.cumsum([event[0] == "update" for event in events])
+    assert updates[-1] == 60
+    assert [updates[i] for i, event in enumerate(events) if event[0] == "copy"] == [0, *range(7, 60, 7)]
+    published = {updates[i]: event[1:] for i, event in enumerate(events) if event[0] == "publish"}
+    # every 150 steps of each game, when steps 600, 900, 1,200 and 1,500 have been learned from
+    assert list(published) == [0, 10, 25, 40, 55]
+    sums = [event[1] for event in events if event[0] == "update"]
+    assert len(set(sums)) == 60 and all(published[i] == (i, sums[i - 1]) for i in (10, 25, 40, 55))
+    assert [event[0] for event in events[-2:]] == ["close", "shutdown"]
+
+    games = [event[1] for event in events if event[0] == "game"]
+    charts = [name for metrics in logged for name in metrics if name.startswith("charts/episodic_return_")]
+    assert charts.count("charts/episodic_return_greediest") == games.count(1)  # the last of the two explores least
+    assert charts.count("charts/episodic_return_explorers") == games.count(0) != games.count(1)
+
+
+def test_chunk_follows_the_one_before_or_not(monkeypatch):
+    """An actor that starts anew begins at step 0; another chunk is lost on the way."""
+    answers = [0, 50, 100, 0, 50, 100, None, 200]
+    actor = SimpleNamespace(play=SimpleNamespace(remote=lambda weights, updates: (weights, updates, next(numbers))))
+    numbers, put = itertools.count(), []
+
+    def get(reference):
+        assert reference[:2] == ("weights", 7)
+        if (first_step := answers[reference[2]]) is None:
+            raise apex_dqn_atari.ray.exceptions.ObjectLostError("0" * 56, None, "")
+        return {"first_step": first_step}
+
+    remote = SimpleNamespace(remote=lambda *arguments: actor)
+    monkeypatch.setattr(apex_dqn_atari.ray, "remote", lambda **options: lambda cls: remote)
+    monkeypatch.setattr(apex_dqn_atari.ray, "put", lambda weights: put.append(weights) or weights)
+    monkeypatch.setattr(apex_dqn_atari.ray, "wait", lambda references, **options: (references, []))
+    monkeypatch.setattr(apex_dqn_atari.ray, "get", get)
+    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    actors.publish("weights", 7)
+    assert put == ["weights"] and len(actors.requests[0]) == apex_dqn_atari.REQUESTS
+    received = [item for _ in answers for item in actors.receive(patience=0)]
+    assert [item[1]["first_step"] for item in received] == [0, 50, 100, 0, 50, 100, 200]
+    assert [item[2] for item in received] == [False, True, True, False, True, True, False]
+    assert len(actors.requests[0]) == apex_dqn_atari.REQUESTS
 
 
 def test_loss_that_is_not_finite_ends_the_run():

@@ -164,7 +164,9 @@ def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, e
     if number == signal.SIGKILL:
         process.kill()
     else:
-        os.killpg(process.pid, number)  # as a terminal and a job scheduler do: the workers get it too
+        os.kill(process.pid, number)
+        time.sleep(0.05)
+        os.killpg(process.pid, number)  # as timeout and job schedulers do, so that the workers get it too
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_code, stderr
     assert_group_is_gone(process.pid)

@@ -5,10 +5,9 @@
     python tests/benchmarks/ppo_speed.py --only sb3-8-subproc
 
 Both with the same hyperparameters, those of ppo_atari.py: 128 steps of each game an iteration, 4 passes over 4
-minibatches, Adam at 2.5e-4. Stable-Baselines3 plays its games in its own process or in processes of theirs; the
-faster counts, and it is measured with the first number of games only. The first two iterations are left out. Every
-contestant has a process of its own; ppo_atari.py is started as from the shell and its charts/SPS are read from the
-W&B file.
+minibatches, Adam at 2.5e-4. Stable-Baselines3 plays its games in its own process or in processes of theirs; a ratio is
+to the faster of the two with as many games. The first two iterations are left out. Every contestant has a process of
+its own; ppo_atari.py is started as from the shell and its charts/SPS are read from the W&B file.
 """
 
 import argparse
@@ -80,13 +79,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all contestants (%(default)s)")
     parser.add_argument("--only", metavar="NAME", help="run one contestant once and print its steps a second")
     args = parser.parse_args()
-    first = args.num_envs[0]
-    contestants = {f"ours-{first}-float32": partial(ours, first, "float32", args.iterations)}
-    contestants |= {f"ours-{n}-auto": partial(ours, n, "auto", args.iterations) for n in args.num_envs}
-    if importlib.util.find_spec("stable_baselines3"):
-        kinds = ("dummy", "subproc")
-        contestants |= {f"sb3-{first}-{kind}": partial(sb3, first, kind, args.iterations) for kind in kinds}
-    else:
+    contestants = {f"ours-{args.num_envs[0]}-float32": partial(ours, args.num_envs[0], "float32", args.iterations)}
+    for n in args.num_envs:
+        contestants[f"ours-{n}-auto"] = partial(ours, n, "auto", args.iterations)
+        if importlib.util.find_spec("stable_baselines3"):
+            contestants |= {f"sb3-{n}-{kind}": partial(sb3, n, kind, args.iterations) for kind in ("dummy", "subproc")}
+    if not importlib.util.find_spec("stable_baselines3"):
         print(f"Stable-Baselines3: {MISSING}")
     if args.only:
         if args.only not in contestants:
@@ -100,13 +98,12 @@ def main() -> None:
         return float(run([sys.executable, Path(__file__).resolve(), *flags], ROOT).split()[-1])
 
     figures = play_rounds({name: partial(only, name) for name in contestants}, args.rounds)
-    peers = [name for name in figures if name.startswith("sb3")]
-    fastest = max(peers, key=lambda name: statistics.median(figures[name]), default=None)
     rows = []
     for name, rates in figures.items():
-        ratio = f"{median_ratio(rates, figures[fastest]):.2f} x" if fastest else "-"
+        peers = [rates for peer, rates in figures.items() if peer.startswith(f"sb3-{name.split('-')[1]}-")]
+        ratio = f"{median_ratio(rates, max(peers, key=statistics.median)):.2f} x" if peers else "-"
         rows.append((name, f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}", ratio))
-    print_table((f"{args.iterations} iterations, {args.rounds} rounds", "steps/s", "range", fastest or "-"), rows)
+    print_table((f"{args.iterations} iterations, {args.rounds} rounds", "steps/s", "range", "of the faster sb3"), rows)
 
 
 if __name__ == "__main__":
