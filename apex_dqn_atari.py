@@ -357,24 +357,6 @@ class Atari(gym.Wrapper):
         cv2.resize(self.screens[0], (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
         self.frames_seen.add(zlib.crc32(self.stack[-1]))  # a collision in every dozenth of the longest games
 
-    def state_dict(self) -> dict:
-        """All that the rest of the game depends on, as plain values: torch's threads do not survive the fork."""
-        return {
-            "emulator": self.ale.cloneSystemState().serialize(),
-            "random": self.unwrapped.np_random.bit_generator.state,
-            "screens": self.screens.tobytes(),
-            "stack": self.stack.tobytes(),
-            "frames_seen": np.array(sorted(self.frames_seen), np.uint32).tobytes(),
-            "counters": [self.game_ended, self.lives, self.episode_return, self.episode_length],
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.ale.restoreSystemState(ale_py.ALEState(state["emulator"]))
-        self.unwrapped.np_random.bit_generator.state = state["random"]
-        self.screens.flat, self.stack.flat = (np.frombuffer(state[name], np.uint8) for name in ("screens", "stack"))
-        self.frames_seen = set(np.frombuffer(state["frames_seen"], np.uint32).tolist())
-        self.game_ended, self.lives, self.episode_return, self.episode_length = state["counters"]
-
 
 # ---------------------------------------------------------------------------------------------------- network
 
@@ -939,10 +921,10 @@ class Overlay(gym.Wrapper):
             self.text(number(advantage), right, baseline, color, size, bold, right=True)
             self.text(number(self.value + advantage), self.RIGHT, baseline, color, size, bold, right=True)
 
-    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int, span=None) -> None:
-        """Values of the last seconds between ``span`` or their extremes; green lines: rewards, red ones: penalties."""
+    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int) -> None:
+        """Values of the last seconds between their extremes; green lines: rewards, red ones: penalties."""
         values, rewards = np.array(values), np.array(self.rewards)
-        low, high = span or finite_range(values)
+        low, high = finite_range(values)
         self.text(title, self.LEFT, top - 14, QUIET, 14)
         self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)

@@ -647,10 +647,10 @@ class Replay:
         # that the remainder favours none, since the bounds are known only to the device.
         draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device) % ((high - low) * self.num_envs)
         steps, envs = low + draws // self.num_envs, draws % self.num_envs
-        cut = self._window(self.ends, steps, envs, 0, self.n_step)
-        invalid = ((cut == CUT) & self._alive(cut)).any(1)
+        ends = self._window(self.ends, steps, envs, 0, self.n_step)
+        invalid = ((ends == CUT) & self._alive(ends)).any(1)
         chosen = invalid.byte().argsort(stable=True)[:batch_size]
-        steps, envs = steps[chosen], envs[chosen]
+        steps, envs, ends = steps[chosen], envs[chosen], ends[chosen]
 
         frames = self._window(self.frames, steps, envs, -HISTORY, self.n_step + 1)
         ended = self._window(self.ends, steps, envs, -HISTORY, 0) > 0
@@ -658,7 +658,6 @@ class Replay:
         frames[:, :HISTORY] *= same_episode[:, :, None, None].to(torch.uint8)
 
         rewards = self._window(self.rewards, steps, envs, 0, self.n_step)
-        ends = self._window(self.ends, steps, envs, 0, self.n_step)
         powers = self.gamma ** torch.arange(self.n_step, device=self.device)
         return Batch(
             observations=frames[:, :STACK],
@@ -976,10 +975,10 @@ class Overlay(gym.Wrapper):
                 self.text(str(self.votes[i]), self.LEFT + 352, baseline, color, size, 600, right=True)
             self.text(number(value), self.RIGHT, baseline, color, size, weight, right=True)
 
-    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int, span=None) -> None:
-        """Values of the last seconds between ``span`` or their extremes; green lines: rewards, red ones: penalties."""
+    def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int) -> None:
+        """Values of the last seconds between their extremes; green lines: rewards, red ones: penalties."""
         values, rewards = np.array(values), np.array(self.rewards)
-        low, high = span or finite_range(values)
+        low, high = finite_range(values)
         self.text(title, self.LEFT, top - 14, QUIET, 14)
         self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 14, QUIET, 14, right=True)
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)

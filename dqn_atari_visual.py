@@ -610,10 +610,10 @@ class Replay:
         # that the remainder favours none, since the bounds are known only to the device.
         draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device) % ((high - low) * self.num_envs)
         steps, envs = low + draws // self.num_envs, draws % self.num_envs
-        cut = self._window(self.ends, steps, envs, 0, self.n_step)
-        invalid = ((cut == CUT) & self._alive(cut)).any(1)
+        ends = self._window(self.ends, steps, envs, 0, self.n_step)
+        invalid = ((ends == CUT) & self._alive(ends)).any(1)
         chosen = invalid.byte().argsort(stable=True)[:batch_size]
-        steps, envs = steps[chosen], envs[chosen]
+        steps, envs, ends = steps[chosen], envs[chosen], ends[chosen]
 
         frames = self._window(self.frames, steps, envs, -HISTORY, self.n_step + 1)
         ended = self._window(self.ends, steps, envs, -HISTORY, 0) > 0
@@ -621,7 +621,6 @@ class Replay:
         frames[:, :HISTORY] *= same_episode[:, :, None, None].to(torch.uint8)
 
         rewards = self._window(self.rewards, steps, envs, 0, self.n_step)
-        ends = self._window(self.ends, steps, envs, 0, self.n_step)
         powers = self.gamma ** torch.arange(self.n_step, device=self.device)
         return Batch(
             observations=frames[:, :STACK],

@@ -225,7 +225,6 @@ def catch_signals(grace: float = 1.0) -> list[int]:
 # ------------------------------------------------------------------------------------------- Atari environment
 
 STACK = 4  # frames in an observation
-HISTORY = STACK - 1  # frames of an observation that are older than the newest
 SIZE = 84  # height and width of a frame
 FRAME_SKIP = 4  # emulator frames in an agent step
 NOOP_MAX = 30  # most idle frames at the start of a game
@@ -1264,12 +1263,12 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
                 save_checkpoint()
             clock += time.perf_counter() - pause
 
-        saved = True
         if signals:
             exit_code = 128 + signals[0]
             if RANK == 0:
                 print(f"stopped at step {global_step:,}; go on with: --resume {run_dir}")
         else:
+            saved = True
             save_checkpoint()
             if RANK == 0:
                 evaluate(args, agent, device, global_step, run_dir, run)

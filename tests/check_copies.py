@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "dqn_atari.py"
-# What each script has of its own: its algorithm. Everything else is the same wherever it occurs.
+# What each script has of its own, or lacks: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
     "dqn_atari_visual.py": "Args.panels Args.saliency check_args Overlay evaluate",
     "c51_atari.py": "ALGORITHM METRICS check_args QNetwork Args.learning_rate Args.target_network_frequency"
@@ -27,13 +27,14 @@ OWN = {
     " Args.target_network_frequency Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses"
     " Overlay.new_game Overlay.think Overlay.render train",
-    "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args QNetwork Batch BYTES_PER_TRANSITION"
+    "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Atari.state_dict Atari.load_state_dict QNetwork"
+    " Batch BYTES_PER_TRANSITION"
     " Args.learning_rate Args.eval_epsilon Args.buffer_size Args.n_step Args.batch_size Args.target_network_frequency"
     " Args.learning_starts Args.max_grad_norm Replay.ARRAYS Replay.__init__ Replay.add Replay.sample Replay.state_dict"
     " Replay.load_state_dict Agent.__init__ Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render"
     " train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Args.max_grad_norm"
-    " Agent Overlay.new_game Overlay.think Overlay.render model evaluate train main",
+    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace model evaluate train main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}
@@ -60,13 +61,13 @@ def definitions(source: str, inside: str = "") -> dict[str, str]:
 def shared(path: Path) -> dict[str, str]:
     """All that can be compared of a script: its definitions, of classes ``BY_MEMBER`` each "Class.member" as well.
 
-    A class of which the script has a member of its own is left out as a whole.
+    A class of which the script has a member of its own, or lacks one, is left out as a whole.
     """
     source, own, found = path.read_text(), OWN.get(path.name, set()), {}
     for name, text in definitions(source).items():
         members = definitions(source, name).items() if name in BY_MEMBER else ()
         entries = {f"{name}.{member}": text for member, text in members}
-        if not own & set(entries):
+        if not any(member.startswith(f"{name}.") for member in own):
             entries[name] = text
         found |= {entry: text for entry, text in entries.items() if not own & {entry, name}}
     return found

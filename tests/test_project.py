@@ -23,14 +23,18 @@ def test_shared_blocks_are_the_same():
 
 def test_check_copies_finds_and_fixes(tmp_path, capsys, monkeypatch):
     """Whole definitions and members that differ are named in the order in which they stand, and copied."""
-    monkeypatch.setattr(check_copies, "OWN", {"c51_atari.py": {"ALGORITHM", "Agent.update", "Args.n_step"}})
-    monkeypatch.setattr(check_copies, "BY_MEMBER", {"Agent", "Args"})
+    monkeypatch.setattr(
+        check_copies, "OWN", {"c51_atari.py": {"ALGORITHM", "Agent.update", "Args.n_step", "Atari.load_state_dict"}}
+    )
+    monkeypatch.setattr(check_copies, "BY_MEMBER", {"Agent", "Args", "Atari"})
     template, other = tmp_path / "dqn_atari.py", tmp_path / "c51_atari.py"
     shutil.copy(ROOT / "dqn_atari.py", template)
     own = template.read_text()
     own = own.replace('ALGORITHM = "DQN"', 'ALGORITHM = "C51"', 1)
     own = own.replace("td_target = returns", "td_target = 2 * returns", 1)
     own += "\n\ndef projection():\n    pass\n"
+    lacking = own.index("    def load_state_dict(self, state: dict) -> None:\n        self.ale.")
+    own = own[:lacking].rstrip() + own[own.index("\n\n\n# ---", lacking) :]
     changed = own
     for old, drifted in (
         ("STACK = 4 ", "STACK = 5 "),
