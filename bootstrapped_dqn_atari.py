@@ -416,14 +416,14 @@ def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, dtype, shape) in buffers.items()}
 
 
-def work(pipe, inherited: list, args: Args, first: int, last: int, buffers: dict[str, tuple]) -> None:
-    """Body of a worker process: serves an ``EnvSlice`` until the main process closes the pipe or dies."""
+def work(pipe, inherited: list, make_slice, *share) -> None:
+    """Body of a worker process: serves a slice until the main process closes the pipe or dies."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and job schedulers signal every process: the main one
         signal.signal(number, signal.SIG_IGN)  # decides, and needs the games for its checkpoint
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
-        envs = EnvSlice(args, first, last, buffers)
+        envs = make_slice(*share)
         while True:
             envs.send(pipe.recv())
             pipe.send(envs.recv())
@@ -440,6 +440,8 @@ class AtariVector:
     that ends is followed at once by the next, whose first observation is then in ``observations``. With
     ``num_workers`` 0 the games run in this process. Create it before CUDA, threads or W&B start, since it forks.
     """
+
+    make_slice = EnvSlice  # what each process makes of its share
 
     def __init__(self, args: Args):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -460,12 +462,13 @@ class AtariVector:
         self.pipes, self.workers = [], []
         atexit.register(self.close)
         for first, last in zip(self.bounds, self.bounds[1:]):
+            share = (args, first, last, buffers)
             if num_workers == 0:
-                self.pipes.append(EnvSlice(args, first, last, buffers))
+                self.pipes.append(self.make_slice(*share))
                 continue
             pipe, child_pipe = context.Pipe()
             self.pipes.append(pipe)
-            arguments = (child_pipe, self.pipes, args, first, last, buffers)
+            arguments = (child_pipe, self.pipes, self.make_slice, *share)
             worker = context.Process(target=work, args=arguments, daemon=True)
             worker.start()
             child_pipe.close()  # so that the death of the worker closes the pipe

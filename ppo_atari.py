@@ -28,6 +28,7 @@ import copy
 import ctypes
 import difflib
 import math
+import mmap
 import multiprocessing
 import os
 import re
@@ -38,7 +39,9 @@ import traceback
 import warnings
 import zlib
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -410,14 +413,14 @@ def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, dtype, shape) in buffers.items()}
 
 
-def work(pipe, inherited: list, args: Args, first: int, last: int, buffers: dict[str, tuple]) -> None:
-    """Body of a worker process: serves an ``EnvSlice`` until the main process closes the pipe or dies."""
+def work(pipe, inherited: list, make_slice, *share) -> None:
+    """Body of a worker process: serves a slice until the main process closes the pipe or dies."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and job schedulers signal every process: the main one
         signal.signal(number, signal.SIG_IGN)  # decides, and needs the games for its checkpoint
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
-        envs = EnvSlice(args, first, last, buffers)
+        envs = make_slice(*share)
         while True:
             envs.send(pipe.recv())
             pipe.send(envs.recv())
@@ -434,6 +437,8 @@ class AtariVector:
     that ends is followed at once by the next, whose first observation is then in ``observations``. With
     ``num_workers`` 0 the games run in this process. Create it before CUDA, threads or W&B start, since it forks.
     """
+
+    make_slice = EnvSlice  # what each process makes of its share
 
     def __init__(self, args: Args):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -454,12 +459,13 @@ class AtariVector:
         self.pipes, self.workers = [], []
         atexit.register(self.close)
         for first, last in zip(self.bounds, self.bounds[1:]):
+            share = (args, first, last, buffers)
             if num_workers == 0:
-                self.pipes.append(EnvSlice(args, first, last, buffers))
+                self.pipes.append(self.make_slice(*share))
                 continue
             pipe, child_pipe = context.Pipe()
             self.pipes.append(pipe)
-            arguments = (child_pipe, self.pipes, args, first, last, buffers)
+            arguments = (child_pipe, self.pipes, self.make_slice, *share)
             worker = context.Process(target=work, args=arguments, daemon=True)
             worker.start()
             child_pipe.close()  # so that the death of the worker closes the pipe
@@ -602,8 +608,20 @@ def resume_after_restart() -> None:
 # ---------------------------------------------------------------------------------------------------- network
 
 
+BLOCK = 4  # height and width of a block of pixels, the stride of the first convolution
+
+
+def as_blocks(observations: torch.Tensor) -> torch.Tensor:
+    """Observations [batch, 4, 84, 84] with the 16 pixels of each block as channels: [batch, 64, 21, 21].
+
+    A convolution of 8x8 with stride 4 is one of 2x2 on blocks. With 64 channels instead of 4 it is faster.
+    """
+    pixels = observations.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # batch, frame, y, pixel y, x, pixel x
+    return pixels.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
 class ActorCritic(nn.Module):
-    """The network of Mnih et al. 2015 with two heads: observations uint8 [batch, 4, 84, 84] to logits and values.
+    """The network of Mnih et al. 2015 with two heads: blocks of observations, uint8, to logits and values.
 
     The logits are those of the policy, float32 [batch, actions], the values float32 [batch]. ``dtype`` is the precision
     in which the trunk computes; its weights stay float32.
@@ -613,7 +631,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.trunk = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, stride=4),
+            nn.Conv2d(STACK * BLOCK**2, 32, 2),
             nn.ReLU(),
             nn.Conv2d(32, 64, 4, stride=2),
             nn.ReLU(),
@@ -631,11 +649,9 @@ class ActorCritic(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.trunk.to(memory_format=torch.channels_last)
 
-    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # the first convolution is faster when its input is channels_last too, and bytes are the cheapest to reorder
-        observations = observations.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(observations.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.trunk(observations.to(self.dtype).div_(255))
+    def forward(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(blocks.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features = self.trunk(blocks.to(self.dtype).div_(255))
         return self.actor(features.float()), self.critic(features.float()).squeeze(1)
 
 
@@ -643,7 +659,7 @@ class ActorCritic(nn.Module):
 
 
 class Minibatch(NamedTuple):
-    observations: torch.Tensor  # uint8 [size, 4, 84, 84]
+    blocks: torch.Tensor  # uint8 [size, 64, 21, 21]
     actions: torch.Tensor  # int64 [size]
     logprobs: torch.Tensor  # float32 [size], of the actions under the policy that drew them
     values: torch.Tensor  # float32 [size], as they were estimated then
@@ -660,10 +676,25 @@ class Rollout:
     def __init__(self, num_steps: int, num_envs: int, gamma: float, gae_lambda: float, device: torch.device):
         self.gamma, self.gae_lambda = gamma, gae_lambda
         shape, longer = (num_steps, num_envs), (num_steps + 1, num_envs)
-        self.observations = torch.zeros(*longer, SIZE, SIZE, STACK, dtype=torch.uint8, device=device).movedim(-1, 2)
+        height, channels = SIZE // BLOCK, STACK * BLOCK**2
+        self.blocks = torch.zeros(*longer, height, height, channels, dtype=torch.uint8, device=device).movedim(-1, 2)
         self.values = torch.zeros(longer, device=device)
         self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
         self.logprobs, self.advantages, self.returns = (torch.zeros(shape, device=device) for _ in range(3))
+        # these come from the emulators, and stay in main memory until the iteration ends
+        self.rewards, self.ends = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+
+    def columns(self, first: int, last: int) -> "Rollout":
+        """The part of the environments ``first`` to ``last`` - 1, in the same memory."""
+        part = copy.copy(self)
+        part.apply(lambda array: array[:, first:last])
+        return part
+
+    def apply(self, function) -> None:
+        """Replaces every array by what ``function`` makes of it."""
+        for name, array in vars(self).items():
+            if isinstance(array, torch.Tensor):
+                setattr(self, name, function(array))
 
     def estimate_advantages(self, rewards: torch.Tensor, ends: torch.Tensor) -> None:
         """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
@@ -681,9 +712,9 @@ class Rollout:
 
     def minibatch(self, indices: torch.Tensor) -> Minibatch:
         """The steps with the numbers ``indices`` (int64 [size]), counted row by row."""
-        arrays = (self.observations[:-1].movedim(2, -1), self.actions, self.logprobs, self.values[:-1], self.returns)
-        observations, *others = (array.flatten(0, 1).index_select(0, indices) for array in arrays)
-        return Minibatch(observations.movedim(-1, 1), *others)
+        arrays = (self.blocks[:-1].movedim(2, -1), self.actions, self.logprobs, self.values[:-1], self.returns)
+        blocks, *others = (array.flatten(0, 1).index_select(0, indices) for array in arrays)
+        return Minibatch(blocks.movedim(-1, 1), *others)
 
 
 def deviations(rows: torch.Tensor) -> torch.Tensor:
@@ -722,18 +753,18 @@ class Agent:
         self.losses = torch.zeros(len(METRICS) + 1, device=device)  # sums of the metrics since the last log, count
 
     @torch.no_grad()
-    def act(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def act(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Actions drawn from the policy, int64, their log probabilities and the values, float32, all [num_envs]."""
-        logits, values = self.network(observations)
+        logits, values = self.network(blocks)
         log_policy = logits.log_softmax(1)
         gumbel = -torch.empty_like(logits).exponential_().log()
         actions = (log_policy + gumbel).argmax(1)
         return actions, log_policy.gather(1, actions[:, None]).squeeze(1), values
 
     @torch.no_grad()
-    def value(self, observations: torch.Tensor) -> torch.Tensor:
+    def value(self, blocks: torch.Tensor) -> torch.Tensor:
         """Values, float32 [num_envs]."""
-        return self.network(observations)[1]
+        return self.network(blocks)[1]
 
     @torch.no_grad()
     def think(self, observation: torch.Tensor, rng: np.random.Generator) -> tuple[tuple[np.ndarray, float], int]:
@@ -741,15 +772,15 @@ class Agent:
 
         That is the probability of each action, float32 [actions], and the value.
         """
-        logits, value = self.network(observation[None])
+        logits, value = self.network(as_blocks(observation[None]))
         log_policy = logits[0].log_softmax(0).cpu().numpy()
         action = int((log_policy + rng.gumbel(size=len(log_policy))).argmax())
         return (np.exp(log_policy), value.item()), action
 
-    def compute_gradients(self, observations, actions, logprobs, values, returns, advantages) -> None:
+    def compute_gradients(self, blocks, actions, logprobs, values, returns, advantages) -> None:
         """Gradients of the loss (Schulman et al. 2017, eq. 7 and 9) of a ``Minibatch`` and its advantages [size]."""
         args = self.args
-        logits, new_values = self.network(observations)
+        logits, new_values = self.network(blocks)
         log_policy = logits.log_softmax(1)
         log_ratio = log_policy.gather(1, actions[:, None]).squeeze(1) - logprobs
         ratio = log_ratio.exp()
@@ -835,10 +866,103 @@ class CudaGraph:
         return self.outputs
 
 
+def share_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of ``tensor`` in memory that this process shares with those which it forks from now on."""
+    memory = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype)
+    return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy of ``array`` on the device; on CUDA it is made without waiting."""
     tensor = torch.as_tensor(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone().to(device)
+
+
+# ---------------------------------------------------------------------------------------------------- players
+
+
+class Player(EnvSlice):
+    """Plays the environments ``first`` to ``last`` - 1 of this rank with the policy, into its columns of the rollout.
+
+    Their emulators are those of ``vectors``: while one of them runs, the policy computes for another. Without any, they
+    run here, one after another.
+    """
+
+    def __init__(self, agent, rollout, vectors: list[AtariVector], args: Args, first: int, last: int, _):
+        self.rollout = rollout.columns(first, last)
+        self.device = rollout.values.device
+        self.vectors = vectors or [AtariVector(replace(args, num_envs=last - first, num_workers=0))]
+        size = self.vectors[0].num_envs
+        self.halves = [(envs, slice(i * size, (i + 1) * size)) for i, envs in enumerate(self.vectors)]
+        if multiprocessing.parent_process():
+            torch.set_num_threads(1)  # a pool of threads does not survive the fork, and other players need the cores
+        torch.manual_seed(args.seed + RANK * args.num_envs + first)  # every player draws its own actions
+        graph = CudaGraph if self.device.type == "cuda" else lambda function: function
+        self.act, self.value = graph(agent.act), graph(agent.value)
+        # inside another autocast a weight is cast once, not at every step; a graph would go on with the first cast
+        self.casts_kept = torch.autocast("cpu", enabled=False) if self.device.type == "cpu" else nullcontext()
+
+    def reset(self, seeds: list[int]) -> None:
+        for envs, columns in self.halves:
+            self.observe(-1, columns, envs.reset(seeds[columns.start]))
+
+    def observe(self, step: int, columns: slice, observations: np.ndarray) -> None:
+        self.rollout.blocks[step, columns] = as_blocks(upload(observations, self.device))
+
+    def play(self, _) -> list[dict]:
+        """Plays an iteration; returns the games that ended, each with the number of its last step, from 1 on."""
+        rollout, num_steps, games = self.rollout, len(self.rollout.actions), []
+        rewards, ends = rollout.rewards.numpy(), rollout.ends.numpy()
+        rollout.blocks[0] = rollout.blocks[-1]
+        with self.casts_kept:
+            for step in range(num_steps + 1):
+                for envs, columns in self.halves:
+                    if step > 0:
+                        observations, rewards[step - 1, columns], terminated, truncated, ended = envs.recv()
+                        self.observe(step, columns, observations)
+                        ends[step - 1, columns] = terminated | truncated
+                        cut_off = truncated & ~terminated
+                        if cut_off.any():  # its last state's value stands for the rewards that the game still had
+                            final_blocks = as_blocks(upload(envs.arrays["final_observations"], self.device))
+                            final_values = self.value(final_blocks).cpu().numpy()
+                            rewards[step - 1, columns] += rollout.gamma * final_values * cut_off
+                        games += [game | {"step": step} for game in ended]
+                    if step < num_steps:
+                        actions, logprobs, values = self.act(rollout.blocks[step, columns])
+                        envs.send(actions.cpu().numpy())
+                        rollout.actions[step, columns], rollout.logprobs[step, columns] = actions, logprobs
+                        rollout.values[step, columns] = values
+                    else:
+                        rollout.values[step, columns] = self.value(rollout.blocks[step, columns])
+        return games
+
+    def state_dict(self, _) -> list[dict]:
+        states = sum((envs.state_dict() for envs in self.vectors), [])
+        states[0]["policy_random"] = torch.get_rng_state().numpy().tobytes()
+        return states
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for envs, columns in self.halves:
+            self.observe(-1, columns, envs.load_state_dict(states[columns]))
+        if "policy_random" in states[0]:  # otherwise the games were divided among other players
+            torch.set_rng_state(torch.frombuffer(bytearray(states[0]["policy_random"]), dtype=torch.uint8))
+
+    def close(self) -> None:
+        for envs in self.vectors:
+            envs.close()
+
+
+class Players(AtariVector):
+    """The players of this rank: one in each of ``num_workers`` processes, which see every update, or one in this."""
+
+    def __init__(self, args: Args, agent: Agent, rollout: Rollout, vectors: list[AtariVector]):
+        self.make_slice = partial(Player, agent, rollout, vectors)
+        super().__init__(args)
+
+    def play(self) -> list[dict]:
+        """Plays an iteration into the rollout; returns the games that ended, in their order in time."""
+        self._send("play", [None] * self.num_envs)
+        return sorted(self._recv(), key=lambda game: game["step"])
 
 
 # -------------------------------------------------------------------------------------- overlay and recorder
@@ -1130,10 +1254,9 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     """
     keep_freed_memory()
     share = own_share(args)
-    num_envs, vectors = share.num_envs, [AtariVector(half) for half in halve(share)]
-    halves = [(envs, slice(i * envs.num_envs, (i + 1) * envs.num_envs)) for i, envs in enumerate(vectors)]
-    if WORLD_SIZE > 1:
-        join_ranks(device)
+    # on a CPU the processes that run the games choose the actions too; elsewhere torch does not survive a fork
+    in_processes = device.type == "cpu" and sys.platform == "linux"
+    vectors = None if in_processes else [AtariVector(half) for half in halve(share)]
     torch.manual_seed(args.seed + RANK)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.backends.cudnn.benchmark = not args.torch_deterministic
@@ -1141,15 +1264,21 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
-    agent = Agent(args, vectors[0].num_actions, device)
-    rollout = Rollout(args.num_steps, num_envs, args.gamma, args.gae_lambda, device)
+    agent = Agent(args, int(Atari(args).action_space.n), device)
+    rollout = Rollout(args.num_steps, share.num_envs, args.gamma, args.gae_lambda, device)
+    if in_processes:
+        rollout.apply(share_memory)
+        for parameter in agent.network.parameters():
+            parameter.data = share_memory(parameter.data)
+    players = Players(share if in_processes else replace(share, num_workers=0), agent, rollout, vectors)
+    if WORLD_SIZE > 1:
+        join_ranks(device)
     global_step, run_id = 0, None
     if checkpoint:
         global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
         agent.load_state_dict(checkpoint["agent"])
         own = checkpoint["ranks"][RANK]
-        for envs, columns in halves:
-            rollout.observations[-1, columns] = torch.from_numpy(envs.load_state_dict(own["envs"][columns]))
+        players.load_state_dict(own["envs"])
         torch.set_rng_state(own["torch_rng"])
         if device.type == "cuda" and own["cuda_rng"] is not None:
             torch.cuda.set_rng_state(own["cuda_rng"])
@@ -1157,19 +1286,13 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     else:
         for parameter in agent.network.parameters() if WORLD_SIZE > 1 else ():
             together(dist.broadcast, parameter.data, 0)
-        for envs, columns in halves:
-            first = args.seed + RANK * num_envs + columns.start
-            rollout.observations[-1, columns] = torch.from_numpy(envs.reset(first))
+        players.reset(args.seed + RANK * share.num_envs)
 
     graph = CudaGraph if device.type == "cuda" else lambda function: function
-    act, value, estimate_advantages = graph(agent.act), graph(agent.value), graph(rollout.estimate_advantages)
+    estimate_advantages = graph(rollout.estimate_advantages)
     compute_gradients = graph(lambda indices, x: agent.compute_gradients(*rollout.minibatch(indices), x))
     apply_gradients = graph(agent.apply_gradients)
     all_threads = torch.get_num_threads()
-    acting_threads = max(all_threads // 2, 1)  # threads that wait for work spin, on cores that the emulators need
-    # kept in main memory until the iteration ends
-    rewards = np.zeros((args.num_steps, num_envs), np.float32)
-    ends = np.zeros((args.num_steps, num_envs), np.bool_)
 
     run = start_wandb(args, run_dir.name, run_id) if RANK == 0 else None
     # torchrun passes on, at any time, signals that its ranks have had already
@@ -1186,7 +1309,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
 
     def save_checkpoint() -> None:
         agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        own = {"envs": sum((envs.state_dict() for envs in vectors), []), "launch": LAUNCH}
+        own = {"envs": players.state_dict(), "launch": LAUNCH}
         own |= {"torch_rng": torch.get_rng_state()}
         own |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         ranks = gather(own)
@@ -1200,37 +1323,17 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     try:
         while global_step < args.total_timesteps and not signals:
             # play
-            torch.set_num_threads(acting_threads)
-            games = []
-            rollout.observations[0] = rollout.observations[-1]
-            for step in range(args.num_steps + 1):
-                for envs, columns in halves:  # while the emulators of one run, the policy computes for the other
-                    if step > 0:
-                        observations, rewards[step - 1, columns], terminated, truncated, ended = envs.recv()
-                        rollout.observations[step, columns] = torch.from_numpy(observations)
-                        ends[step - 1, columns] = terminated | truncated
-                        cut_off = truncated & ~terminated
-                        if cut_off.any():  # its last state's value stands for the rewards that the game still had
-                            final_values = value(upload(envs.arrays["final_observations"], device)).cpu().numpy()
-                            rewards[step - 1, columns] += args.gamma * final_values * cut_off
-                        games += [game | {"global_step": global_step} for game in ended]
-                    if step < args.num_steps:
-                        actions, logprobs, values = act(rollout.observations[step, columns])
-                        envs.send(actions.cpu().numpy())
-                        rollout.actions[step, columns], rollout.logprobs[step, columns] = actions, logprobs
-                        rollout.values[step, columns] = values
-                    else:
-                        rollout.values[step, columns] = value(rollout.observations[step, columns])
-                if step < args.num_steps:
-                    global_step += args.num_envs
+            torch.set_num_threads(1)  # threads that wait for work spin, on cores that the emulators need
+            games = [game | {"global_step": global_step + game["step"] * args.num_envs} for game in players.play()]
+            global_step += args.num_steps * args.num_envs
 
             # learn
             torch.set_num_threads(all_threads)
-            estimate_advantages(upload(rewards, device), upload(ends, device))
+            estimate_advantages(upload(rollout.rewards, device), upload(rollout.ends, device))
             remaining = 1 - (global_step - args.num_steps * args.num_envs) / args.total_timesteps
             agent.learning_rate.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
             for _ in range(args.update_epochs):
-                indices = torch.randperm(ends.size, device=device).view(args.num_minibatches, -1)
+                indices = torch.randperm(rollout.ends.numel(), device=device).view(args.num_minibatches, -1)
                 advantages = rollout.advantages.flatten()[indices]
                 for minibatch in zip(indices, normalize(advantages) if args.norm_adv else advantages):
                     compute_gradients(*minibatch)
@@ -1278,8 +1381,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
             exit_code = max(gather(0 if saved else 1))  # also waits for rank 0
     finally:
         bar.close()
-        for envs in vectors:
-            envs.close()
+        players.close()
         if run:
             run.finish(exit_code)
     if WORLD_SIZE > 1:

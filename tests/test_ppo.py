@@ -34,10 +34,13 @@ from ppo_atari import (
     CudaGraph,
     Minibatch,
     Overlay,
+    Players,
     Rollout,
+    as_blocks,
     check_args,
     explained_variance,
     normalize,
+    share_memory,
 )
 
 CPU = torch.device("cpu")
@@ -55,13 +58,13 @@ def random_minibatch(size=24, num_actions=4):
     observations = torch.randint(0, 256, (size, STACK, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     actions = torch.randint(num_actions, (size,), generator=generator)
     with torch.no_grad():
-        logits, values = agent.network(observations)
+        logits, values = agent.network(as_blocks(observations))
     logprobs = logits.log_softmax(1).gather(1, actions[:, None]).squeeze(1)
     logprobs = logprobs + 0.3 * torch.randn(size, generator=generator)
     values = values + 0.15 * torch.randn(size, generator=generator)
     returns = values + torch.randn(size, generator=generator)
     advantages = torch.randn(size, generator=generator)
-    return Minibatch(observations, actions, logprobs, values, returns), advantages
+    return Minibatch(as_blocks(observations), actions, logprobs, values, returns), advantages
 
 
 # ------------------------------------------------------------------------------------------ rollout and statistics
@@ -112,15 +115,15 @@ def test_advantages_with_both_kinds_of_endings(gamma, gae_lambda):
 
 
 def test_minibatch_has_the_steps_of_its_indices():
-    """... with observations in the memory format that the first convolution wants."""
+    """... with blocks in the memory format that the first convolution wants."""
     rollout = Rollout(5, 3, 0.99, 0.95, CPU)
-    observations = torch.randint(0, 256, (6, 3, STACK, SIZE, SIZE), dtype=torch.uint8)
-    rollout.observations.copy_(observations)
+    blocks = torch.randint(0, 256, rollout.blocks.shape, dtype=torch.uint8)
+    rollout.blocks.copy_(blocks)
     rollout.actions.copy_(torch.arange(15).view(5, 3))
     indices = torch.tensor([14, 0, 4, 11])
     minibatch = rollout.minibatch(indices)
-    assert torch.equal(minibatch.observations, observations.flatten(0, 1)[indices])
-    assert minibatch.observations.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(minibatch.blocks, blocks.flatten(0, 1)[indices])
+    assert minibatch.blocks.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(minibatch.actions, indices)
 
 
@@ -138,8 +141,12 @@ def test_statistics_of_rows():
     assert math.isnan(explained_variance(noise, torch.ones(50)))
 
 
-@pytest.mark.parametrize("num_envs, num_workers", [(3, 0), (4, 2)], ids=["together", "in halves"])
-def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_workers):
+@pytest.mark.parametrize(
+    "num_envs, num_workers, forks, precision",
+    [(3, 0, True, "float32"), (3, 2, True, "bfloat16"), (4, 2, False, "float32")],
+    ids=["one player", "two players", "in halves"],
+)
+def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_workers, forks, precision):
     """Two iterations of ``train`` on a real game with cut-off and ended episodes, against games played one by one.
 
     The games are given the actions that the rollout holds; their observations, rewards and ends, and the networks' own
@@ -148,7 +155,10 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     args = Args(env_id="Breakout", num_envs=num_envs, num_workers=num_workers, num_steps=80, num_minibatches=2)
     args.max_episode_frames, args.total_timesteps, args.wandb_mode = 220, 160 * num_envs, "disabled"
     args.update_epochs = 1
-    args.precision, args.seed = "float32", 5
+    args.precision, args.seed = precision, 5
+    args.learning_rate = 0.01  # after an iteration the network is another one: who plays with the old one is found out
+    if not forks:
+        monkeypatch.setattr(sys, "platform", "darwin")
     rollouts, networks, original = [], [], Rollout.estimate_advantages
 
     def estimate_advantages(self, *arguments):
@@ -160,36 +170,91 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     monkeypatch.setattr(Rollout, "estimate_advantages", estimate_advantages)
     monkeypatch.setattr(Agent, "__init__", lambda self, *arguments: (agents.append(self), init(self, *arguments))[1])
     monkeypatch.setattr(ppo_atari, "evaluate", lambda *arguments, **flags: None)
+    players, play = [], Players.play
+    monkeypatch.setattr(Players, "play", lambda self: (players.append(self), play(self))[1])
     assert ppo_atari.train(args, CPU, tmp_path, None) == 0
-    assert len(rollouts) == 2 and len(ppo_atari.halve(args)) == 1 + (num_workers > 1)
+    assert len(rollouts) == 2 and len(players[0].workers) == (num_workers if forks else 0)
+    assert forks or len(players[0].pipes[0].halves) == 2
+    tolerance = {"rtol": 0.05, "atol": 0.05} if precision == "bfloat16" else {}
     games = [ppo_atari.Atari(args) for _ in range(num_envs)]
     observations = np.stack([game.reset(seed=5 + i)[0] for i, game in enumerate(games)])
     kinds = np.zeros(2, int)
     for rollout, network in zip(rollouts, networks):
         rewards, terminated, truncated, final_values = np.zeros((4, 80, num_envs))
         for t in range(80):
-            np.testing.assert_array_equal(rollout.observations[t].numpy(), observations)
+            assert torch.equal(rollout.blocks[t], as_blocks(torch.from_numpy(observations)))
             with torch.no_grad():
-                logits, values = network(torch.from_numpy(observations))
+                logits, values = network(as_blocks(torch.from_numpy(observations)))
             log_policy = logits.log_softmax(1)[range(num_envs), rollout.actions[t]]
-            torch.testing.assert_close(rollout.values[t], values)
-            torch.testing.assert_close(rollout.logprobs[t], log_policy)
+            torch.testing.assert_close(rollout.values[t], values, **tolerance)
+            torch.testing.assert_close(rollout.logprobs[t], log_policy, **tolerance)
             for i, game in enumerate(games):
                 observation, rewards[t, i], terminated[t, i], truncated[t, i], _ = game.step(int(rollout.actions[t, i]))
                 truncated[t, i] *= not terminated[t, i]
                 if truncated[t, i]:
-                    final_values[t, i] = network(torch.from_numpy(observation[None]))[1].item()
+                    final_values[t, i] = network(as_blocks(torch.from_numpy(observation[None])))[1].item()
                 observations[i] = game.reset()[0] if terminated[t, i] or truncated[t, i] else observation
-        np.testing.assert_array_equal(rollout.observations[80].numpy(), observations)
-        torch.testing.assert_close(rollout.values[80], network(torch.from_numpy(observations))[1].detach())
+        assert torch.equal(rollout.blocks[80], as_blocks(torch.from_numpy(observations)))
+        last_values = network(as_blocks(torch.from_numpy(observations)))[1].detach()
+        torch.testing.assert_close(rollout.values[80], last_values, **tolerance)
         kinds += [int(terminated.sum()), int(truncated.sum())]
         direct = (rewards, terminated, truncated, rollout.values.numpy(), final_values, args.gamma, args.gae_lambda)
         expected = direct_advantages(*direct)
-        np.testing.assert_allclose(rollout.advantages.numpy(), expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(rollout.advantages.numpy(), expected, rtol=0, atol=tolerance.get("atol", 1e-4))
     assert kinds.min() >= 3  # both kinds of endings occurred
 
 
+def make_players(num_workers: int, **flags) -> Players:
+    args = Args(env_id="Pong", num_envs=4, num_workers=num_workers, num_steps=30, **flags)
+    rollout = Rollout(30, 4, args.gamma, args.gae_lambda, CPU)
+    rollout.apply(share_memory)
+    players = Players(args, make_agent(6), rollout, None)
+    players.rollout = rollout
+    return players
+
+
+@pytest.mark.parametrize("other_workers", [2, 4, 0])
+def test_players_go_on_where_they_were(other_workers):
+    """... with the same actions if the games are divided as before, else with others in the same games."""
+    players, others = make_players(2), make_players(other_workers)
+    try:
+        players.reset(3)
+        players.play()
+        others.load_state_dict(players.state_dict())
+        for one in (players, others):
+            one.play()
+        assert torch.equal(players.rollout.blocks[0], others.rollout.blocks[0])
+        same = torch.equal(players.rollout.actions, others.rollout.actions)
+        assert same == (other_workers == 2)
+        for one in (players, others):
+            assert len(one.rollout.actions.T.unique(dim=0)) == 4  # each game has its own noise
+    finally:
+        players.close()
+        others.close()
+
+
+def test_memory_is_shared_and_keeps_its_format():
+    tensor = torch.arange(4 * 6 * 5, dtype=torch.float32).view(4, 6, 5).movedim(-1, 1)
+    copied = share_memory(tensor)
+    assert torch.equal(copied, tensor) and copied.stride() == tensor.stride()
+    if os.fork() == 0:
+        copied[2, 3] = 0
+        os._exit(0)
+    os.wait()
+    assert not copied[2, 3].any() and tensor[2, 3].any()
+
+
 # ----------------------------------------------------------------------------------------------- acting and learning
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_convolution_on_blocks_is_the_one_on_pixels(batch):
+    """The same sums as 8x8 with stride 4, with the weights at the place of the pixel that they multiply."""
+    observations = torch.randint(0, 256, (batch, STACK, SIZE, SIZE), dtype=torch.uint8)
+    first = ActorCritic(4).trunk[0].double()
+    weight = first.weight.view(32, STACK, 4, 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(32, STACK, 8, 8)
+    expected = torch.nn.functional.conv2d(observations.double(), weight, first.bias, stride=4)
+    torch.testing.assert_close(first(as_blocks(observations).double()), expected)
 
 
 def test_network_starts_as_it_should():
@@ -202,7 +267,7 @@ def test_network_starts_as_it_should():
         weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
         torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
         assert not layer.bias.any()
-    logits, values = network(random_minibatch()[0].observations)
+    logits, values = network(random_minibatch()[0].blocks)
     assert logits.shape == (24, 4) and values.shape == (24,)
     assert logits.softmax(1).sub(0.25).abs().max() < 0.01
 
@@ -213,13 +278,14 @@ def test_actions_are_drawn_from_the_policy():
     with torch.no_grad():
         agent.network.actor.weight.mul_(150)
         agent.network.actor.bias[3] += 2  # one action is probable: with few alike, a wrong draw may look right
-        observations = random_minibatch(2, 10)[0].observations
-        observations[1] //= 4  # another state, not only another noise
-        logits, expected_values = agent.network(observations)
+        observations = torch.randint(0, 256, (2, STACK, SIZE, SIZE), dtype=torch.uint8)
+        observations[1, :, : SIZE // 2] = 0  # another state, not only another noise
+        blocks = as_blocks(observations)
+        logits, expected_values = agent.network(blocks)
         policy = logits.softmax(1)
     assert policy.max() > 0.4 and policy.min() > 0.01 and (policy[0] - policy[1]).abs().max() > 0.05
     torch.manual_seed(0)
-    actions, logprobs, values = agent.act(observations.repeat_interleave(1500, 0))
+    actions, logprobs, values = agent.act(blocks.repeat_interleave(1500, 0))
     torch.testing.assert_close(values, expected_values.repeat_interleave(1500))
     torch.testing.assert_close(logprobs.exp(), policy.repeat_interleave(1500, 0).gather(1, actions[:, None])[:, 0])
     for state in range(2):
@@ -236,7 +302,7 @@ def test_actions_are_drawn_from_the_policy():
 
 
 def test_evaluation_leaves_the_random_state_of_training_alone():
-    agent, observation = make_agent(), random_minibatch(1)[0].observations[0]
+    agent, observation = make_agent(), torch.randint(0, 256, (STACK, SIZE, SIZE), dtype=torch.uint8)
     before = torch.get_rng_state()
     actions = [[agent.think(observation, rng)[1] for _ in range(20)] for rng in map(np.random.default_rng, (1, 1, 2))]
     assert torch.equal(before, torch.get_rng_state())
@@ -251,7 +317,7 @@ def test_update_is_the_formula(clip_vloss):
     agent.learning_rate.fill_(1e-3)
     minibatch, advantages = random_minibatch(size)
     exact = copy.deepcopy(agent.network).double()
-    features = exact.trunk(minibatch.observations.double() / 255)
+    features = exact.trunk(minibatch.blocks.double() / 255)
     policies, values = exact.actor(features).softmax(1), exact.critic(features)[:, 0]
     sums, clipped = dict.fromkeys(METRICS, 0.0), {"up": 0, "down": 0, "value": 0}
     for i in range(size):
@@ -313,10 +379,10 @@ def test_acting_and_learning_agree_on_the_policy(precision, limit):
     agent = make_agent(precision=precision)
     with torch.no_grad():
         agent.network.actor.weight.mul_(100)
-    observations = random_minibatch(64)[0].observations
-    parts = [agent.act(part) for part in observations.split(4)]
+    blocks = random_minibatch(64)[0].blocks
+    parts = [agent.act(part) for part in blocks.split(4)]
     actions, logprobs, values = (torch.cat(part) for part in zip(*parts))
-    agent.compute_gradients(observations, actions, logprobs, values, values, torch.ones(64))
+    agent.compute_gradients(blocks, actions, logprobs, values, values, torch.ones(64))
     metrics = dict(zip(METRICS, agent.metrics.tolist()))
     assert metrics["approx_kl"] < limit and metrics["clipfrac"] == 0 and metrics["entropy"] < 1.35
 
@@ -389,12 +455,12 @@ def test_policy_and_values_converge(precision):
     agent = make_agent(2, learning_rate=5e-4, ent_coef=0.003, precision=precision, gamma=gamma)
     rollout = Rollout(num_steps, num_envs, gamma, 0.95, CPU)
     rng, states = np.random.default_rng(0), [0, 1, 2, 3, 4, 0, 1, 2]
-    pictures = torch.stack([state_frame(state).expand(STACK, -1, -1) for state in range(num_states)])
+    pictures = as_blocks(torch.stack([state_frame(state).expand(STACK, -1, -1) for state in range(num_states)]))
     for iteration in range(14):
         rewards, ends = np.zeros((num_steps, num_envs), np.float32), np.zeros((num_steps, num_envs), bool)
         for t in range(num_steps):
-            rollout.observations[t] = pictures[states]
-            rollout.actions[t], rollout.logprobs[t], rollout.values[t] = agent.act(rollout.observations[t])
+            rollout.blocks[t] = pictures[states]
+            rollout.actions[t], rollout.logprobs[t], rollout.values[t] = agent.act(rollout.blocks[t])
             outcomes = [corridor(state, action) for state, action in zip(states, rollout.actions[t].tolist())]
             rewards[t], ends[t] = [outcome[1] for outcome in outcomes], [outcome[2] for outcome in outcomes]
             cut_off = (rng.random(num_envs) < 0.2) & ~ends[t]
@@ -403,8 +469,8 @@ def test_policy_and_values_converge(precision):
             ends[t] |= cut_off
             starts = rng.integers(num_states, size=num_envs)
             states = [int(start) if end else outcome[0] for start, end, outcome in zip(starts, ends[t], outcomes)]
-        rollout.observations[-1] = pictures[states]
-        rollout.values[-1] = agent.value(rollout.observations[-1])
+        rollout.blocks[-1] = pictures[states]
+        rollout.values[-1] = agent.value(rollout.blocks[-1])
         rollout.estimate_advantages(torch.from_numpy(rewards), torch.from_numpy(ends))
         agent.learning_rate.fill_(5e-4 * (1 - iteration / 14))
         for _ in range(4):
@@ -450,9 +516,9 @@ def test_captured_acting_draws_anew():
     device = torch.device("cuda")
     torch.manual_seed(0)
     agent = Agent(Args(precision="float32"), 4, device)
-    observations = random_minibatch(500)[0].observations.to(device)
+    blocks = random_minibatch(500)[0].blocks.to(device)
     act = CudaGraph(agent.act)
-    draws = [act(observations)[0].clone() for _ in range(8)]
+    draws = [act(blocks)[0].clone() for _ in range(8)]
     assert act.graph is not None and not torch.equal(draws[-1], draws[-2])
     assert torch.bincount(draws[-1], minlength=4).min() > 80  # of 125 expected
 
@@ -602,7 +668,7 @@ def record_updates(path: Path) -> None:
     compute_gradients, apply_gradients = Agent.compute_gradients, Agent.apply_gradients
 
     def noting_minibatch(self, indices):
-        records.append({"raw_advantages": self.advantages.flatten()[indices], "first": self.observations[0].clone()})
+        records.append({"raw_advantages": self.advantages.flatten()[indices], "first": self.blocks[0].clone()})
         return minibatch(self, indices)
 
     def noting_gradients(self, *batch):
@@ -654,7 +720,7 @@ def test_two_ranks_learn_as_one_process(tmp_path):
         for ours, theirs in zip(agent.network.parameters(), first["parameters"]):
             torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=2e-5)
     games = [Atari(Args(**TWO_RANKS)).reset(seed=7 + i)[0] for i in range(4)]  # the games of one process
-    np.testing.assert_array_equal(np.concatenate([rank["first"].numpy() for rank in records[0]]), np.stack(games))
+    assert torch.equal(torch.cat([rank["first"] for rank in records[0]]), as_blocks(torch.from_numpy(np.stack(games))))
     actions = [rank["batch"][1].tolist() for rank in records[0]]
     assert actions[0] != actions[1]  # each draws its own
 
