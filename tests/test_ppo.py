@@ -170,8 +170,14 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     monkeypatch.setattr(Rollout, "estimate_advantages", estimate_advantages)
     monkeypatch.setattr(Agent, "__init__", lambda self, *arguments: (agents.append(self), init(self, *arguments))[1])
     monkeypatch.setattr(ppo_atari, "evaluate", lambda *arguments, **flags: None)
-    players, play = [], Players.play
-    monkeypatch.setattr(Players, "play", lambda self: (players.append(self), play(self))[1])
+    players, ended, play = [], [], Players.play
+
+    def noting_play(self):
+        players.append(self)
+        ended.append(play(self))
+        return ended[-1]
+
+    monkeypatch.setattr(Players, "play", noting_play)
     assert ppo_atari.train(args, CPU, tmp_path, None) == 0
     assert len(rollouts) == 2 and len(players[0].workers) == (num_workers if forks else 0)
     assert forks or len(players[0].pipes[0].halves) == 2
@@ -179,8 +185,9 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     games = [ppo_atari.Atari(args) for _ in range(num_envs)]
     observations = np.stack([game.reset(seed=5 + i)[0] for i, game in enumerate(games)])
     kinds = np.zeros(2, int)
-    for rollout, network in zip(rollouts, networks):
+    for rollout, network, games_ended in zip(rollouts, networks, ended):
         rewards, terminated, truncated, final_values = np.zeros((4, 80, num_envs))
+        expected_ended = []
         for t in range(80):
             assert torch.equal(rollout.blocks[t], as_blocks(torch.from_numpy(observations)))
             with torch.no_grad():
@@ -189,14 +196,18 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
             torch.testing.assert_close(rollout.values[t], values, **tolerance)
             torch.testing.assert_close(rollout.logprobs[t], log_policy, **tolerance)
             for i, game in enumerate(games):
-                observation, rewards[t, i], terminated[t, i], truncated[t, i], _ = game.step(int(rollout.actions[t, i]))
+                action = int(rollout.actions[t, i])
+                observation, rewards[t, i], terminated[t, i], truncated[t, i], info = game.step(action)
                 truncated[t, i] *= not terminated[t, i]
+                expected_ended += [(t + 1, info["episode"]["r"])] if info else []
                 if truncated[t, i]:
                     final_values[t, i] = network(as_blocks(torch.from_numpy(observation[None])))[1].item()
                 observations[i] = game.reset()[0] if terminated[t, i] or truncated[t, i] else observation
         assert torch.equal(rollout.blocks[80], as_blocks(torch.from_numpy(observations)))
         last_values = network(as_blocks(torch.from_numpy(observations)))[1].detach()
         torch.testing.assert_close(rollout.values[80], last_values, **tolerance)
+        assert sorted((game["step"], game["r"]) for game in games_ended) == sorted(expected_ended)
+        assert [game["step"] for game in games_ended] == sorted(game["step"] for game in games_ended)
         kinds += [int(terminated.sum()), int(truncated.sum())]
         direct = (rewards, terminated, truncated, rollout.values.numpy(), final_values, args.gamma, args.gae_lambda)
         expected = direct_advantages(*direct)
@@ -251,7 +262,7 @@ def test_memory_is_shared_and_keeps_its_format():
 def test_convolution_on_blocks_is_the_one_on_pixels(batch):
     """The same sums as 8x8 with stride 4, with the weights at the place of the pixel that they multiply."""
     observations = torch.randint(0, 256, (batch, STACK, SIZE, SIZE), dtype=torch.uint8)
-    first = ActorCritic(4).trunk[0].double()
+    first = ActorCritic(4).first.double()
     weight = first.weight.view(32, STACK, 4, 4, 2, 2).permute(0, 1, 4, 2, 5, 3).reshape(32, STACK, 8, 8)
     expected = torch.nn.functional.conv2d(observations.double(), weight, first.bias, stride=4)
     torch.testing.assert_close(first(as_blocks(observations).double()), expected)
@@ -261,7 +272,7 @@ def test_network_starts_as_it_should():
     """Orthogonal weights of the gains that PPO is known to need, no biases, an almost uniform policy."""
     torch.manual_seed(0)
     network = ActorCritic(4)
-    layers = [network.trunk[i] for i in (0, 2, 4, 7)] + [network.actor, network.critic]
+    layers = [network.first] + [network.trunk[i] for i in (1, 3, 6)] + [network.actor, network.critic]
     for layer, gain in zip(layers, [2**0.5] * 4 + [0.01, 1.0]):
         weight = layer.weight.detach().flatten(1)
         weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
@@ -317,7 +328,7 @@ def test_update_is_the_formula(clip_vloss):
     agent.learning_rate.fill_(1e-3)
     minibatch, advantages = random_minibatch(size)
     exact = copy.deepcopy(agent.network).double()
-    features = exact.trunk(minibatch.blocks.double() / 255)
+    features = exact.trunk(exact.first(minibatch.blocks.double() / 255))
     policies, values = exact.actor(features).softmax(1), exact.critic(features)[:, 0]
     sums, clipped = dict.fromkeys(METRICS, 0.0), {"up": 0, "down": 0, "value": 0}
     for i in range(size):
