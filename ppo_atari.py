@@ -891,7 +891,7 @@ class Player(EnvSlice):
     run in this process.
     """
 
-    def __init__(self, agent, rollout, vectors: list[AtariVector], args: Args, first: int, last: int, _):
+    def __init__(self, agent, rollout, vectors: list[AtariVector] | None, args: Args, first: int, last: int, _):
         self.rollout = rollout.columns(first, last)
         self.device = rollout.values.device
         self.vectors = vectors or [AtariVector(replace(args, num_envs=last - first, num_workers=0))]
@@ -956,7 +956,7 @@ class Player(EnvSlice):
 class Players(AtariVector):
     """The players of this rank: one in each of ``num_workers`` processes, which see every update, or one in this."""
 
-    def __init__(self, args: Args, agent: Agent, rollout: Rollout, vectors: list[AtariVector]):
+    def __init__(self, args: Args, agent: Agent, rollout: Rollout, vectors: list[AtariVector] | None):
         self.make_slice = partial(Player, agent, rollout, vectors)
         super().__init__(args)
 

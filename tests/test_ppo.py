@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from ppo_atari import (
     Agent,
     Args,
     Atari,
+    AtariVector,
     CudaGraph,
     Minibatch,
     Overlay,
@@ -177,15 +180,17 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
         ended.append(play(self))
         return ended[-1]
 
+    run = Mock(id="1")
     monkeypatch.setattr(Players, "play", noting_play)
+    monkeypatch.setattr(ppo_atari, "start_wandb", lambda *_: run)
     assert ppo_atari.train(args, CPU, tmp_path, None) == 0
     assert len(rollouts) == 2 and len(players[0].workers) == (num_workers if forks else 0)
     assert forks or len(players[0].pipes[0].halves) == 2
     tolerance = {"rtol": 0.05, "atol": 0.05} if precision == "bfloat16" else {}
     games = [ppo_atari.Atari(args) for _ in range(num_envs)]
     observations = np.stack([game.reset(seed=5 + i)[0] for i, game in enumerate(games)])
-    kinds = np.zeros(2, int)
-    for rollout, network, games_ended in zip(rollouts, networks, ended):
+    kinds, logged = np.zeros(2, int), []
+    for iteration, (rollout, network, games_ended) in enumerate(zip(rollouts, networks, ended)):
         rewards, terminated, truncated, final_values = np.zeros((4, 80, num_envs))
         expected_ended = []
         for t in range(80):
@@ -208,35 +213,41 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
         torch.testing.assert_close(rollout.values[80], last_values, **tolerance)
         assert sorted((game["step"], game["r"]) for game in games_ended) == sorted(expected_ended)
         assert [game["step"] for game in games_ended] == sorted(game["step"] for game in games_ended)
+        logged += [((80 * iteration + step) * num_envs, episodic_return) for step, episodic_return in expected_ended]
         kinds += [int(terminated.sum()), int(truncated.sum())]
         direct = (rewards, terminated, truncated, rollout.values.numpy(), final_values, args.gamma, args.gae_lambda)
         expected = direct_advantages(*direct)
         np.testing.assert_allclose(rollout.advantages.numpy(), expected, rtol=0, atol=tolerance.get("atol", 1e-4))
     assert kinds.min() >= 3  # both kinds of endings occurred
+    points = [call.args[0] for call in run.log.call_args_list if "charts/episodic_return" in call.args[0]]
+    assert sorted((point["global_step"], point["charts/episodic_return"]) for point in points) == sorted(logged)
 
 
-def make_players(num_workers: int, **flags) -> Players:
-    args = Args(env_id="Pong", num_envs=4, num_workers=num_workers, num_steps=30, **flags)
+def make_players(num_workers: int, in_halves: bool) -> Players:
+    args = Args(env_id="Pong", num_envs=4, num_workers=num_workers, num_steps=30)
     rollout = Rollout(30, 4, args.gamma, args.gae_lambda, CPU)
     rollout.apply(share_memory)
-    players = Players(args, make_agent(6), rollout, None)
+    vectors = [AtariVector(half) for half in ppo_atari.halve(args)] if in_halves else None
+    players = Players(replace(args, num_workers=0) if in_halves else args, make_agent(6), rollout, vectors)
     players.rollout = rollout
     return players
 
 
-@pytest.mark.parametrize("other_workers", [2, 4, 0])
-def test_players_go_on_where_they_were(other_workers):
+@pytest.mark.parametrize("others_have, in_halves", [(2, False), (4, False), (0, False), (2, True)])
+def test_players_go_on_where_they_were(others_have, in_halves):
     """... with the same actions if the games are divided as before, else with others in the same games."""
-    players, others = make_players(2), make_players(other_workers)
+    players, others = make_players(2, in_halves), make_players(others_have, in_halves)
     try:
         players.reset(3)
         players.play()
-        others.load_state_dict(players.state_dict())
-        for one in (players, others):
-            one.play()
+        state = players.state_dict()
+        players.play()
+        others.load_state_dict(state)
+        others.play()
         assert torch.equal(players.rollout.blocks[0], others.rollout.blocks[0])
-        same = torch.equal(players.rollout.actions, others.rollout.actions)
-        assert same == (other_workers == 2)
+        for name in ("blocks", "actions", "logprobs", "values"):
+            same = torch.equal(getattr(players.rollout, name), getattr(others.rollout, name))
+            assert same == (others_have == 2), name
         for one in (players, others):
             assert len(one.rollout.actions.T.unique(dim=0)) == 4  # each game has its own noise
     finally:
