@@ -607,7 +607,6 @@ def resume_after_restart() -> None:
 
 # ---------------------------------------------------------------------------------------------------- network
 
-
 BLOCK = 4  # height and width of a block of pixels, the stride of the first convolution
 
 
@@ -894,9 +893,9 @@ class Player(EnvSlice):
     def __init__(self, agent, rollout, vectors: list[AtariVector] | None, args: Args, first: int, last: int, _):
         self.rollout = rollout.columns(first, last)
         self.device = rollout.values.device
-        self.vectors = vectors or [AtariVector(replace(args, num_envs=last - first, num_workers=0))]
-        size = self.vectors[0].num_envs
-        self.halves = [(envs, slice(i * size, (i + 1) * size)) for i, envs in enumerate(self.vectors)]
+        vectors = vectors or [AtariVector(replace(args, num_envs=last - first, num_workers=0))]
+        size = vectors[0].num_envs
+        self.halves = [(envs, slice(i * size, (i + 1) * size)) for i, envs in enumerate(vectors)]
         torch.manual_seed(args.seed + RANK * args.num_envs + first)  # every player draws its own actions
         graph = CudaGraph if self.device.type == "cuda" else lambda function: function
         self.act, self.value = graph(agent.act), graph(agent.value)
@@ -938,7 +937,7 @@ class Player(EnvSlice):
         return games
 
     def state_dict(self, _) -> list[dict]:
-        states = sum((envs.state_dict() for envs in self.vectors), [])
+        states = sum((envs.state_dict() for envs, _ in self.halves), [])
         states[0]["policy_random"] = torch.get_rng_state().numpy().tobytes()
         return states
 
@@ -949,7 +948,7 @@ class Player(EnvSlice):
             torch.set_rng_state(torch.frombuffer(bytearray(states[0]["policy_random"]), dtype=torch.uint8))
 
     def close(self) -> None:
-        for envs in self.vectors:
+        for envs, _ in self.halves:
             envs.close()
 
 
@@ -1311,8 +1310,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
 
     def save_checkpoint() -> None:
         agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        own = {"envs": players.state_dict(), "launch": LAUNCH}
-        own |= {"torch_rng": torch.get_rng_state()}
+        own = {"envs": players.state_dict(), "launch": LAUNCH, "torch_rng": torch.get_rng_state()}
         own |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         ranks = gather(own)
         if RANK == 0:
