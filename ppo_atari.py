@@ -614,10 +614,10 @@ def as_blocks(observations: torch.Tensor) -> torch.Tensor:
     """Observations uint8 [batch, 4, 84, 84] with the 16 pixels of each block as channels: [batch, 64, 21, 21].
 
     A convolution of 8x8 with stride 4 is one of 2x2 on blocks, and faster on 64 channels than on 4. This is what
-    ``pixel_unshuffle`` does, in a quarter of its time on bytes.
+    ``pixel_unshuffle`` does, but channels_last and in a fraction of its time: the 4 pixels of a row move as one int32.
     """
-    pixels = observations.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK))  # batch, frame, y, pixel y, x, pixel x
-    return pixels.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+    rows = observations.view(torch.int32).unflatten(2, (-1, BLOCK))  # batch, frame, y, pixel y, x
+    return rows.permute(0, 2, 4, 1, 3).flatten(3).view(torch.uint8).movedim(-1, 1)
 
 
 class ActorCritic(nn.Module):
@@ -631,16 +631,10 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.first = nn.Conv2d(STACK * BLOCK**2, 32, 2)  # 8x8 with stride 4 in pixels
-        self.trunk = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1),
-            nn.Flatten(),
-            nn.ReLU(),  # here its input and its gradient have the same memory format
-            nn.Linear(64 * 7 * 7, 512),
-            nn.ReLU(),
+        self.convolutions = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(), nn.Conv2d(64, 64, 3, stride=1), nn.ReLU()
         )
+        self.hidden = nn.Sequential(nn.Linear(7 * 7 * 64, 512), nn.ReLU())
         self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
         gains = {self.actor: 0.01, self.critic: 1.0}  # a policy that is almost uniform at the start
         for layer in self.modules():
@@ -653,7 +647,7 @@ class ActorCritic(nn.Module):
         with torch.autocast(blocks.device.type, self.dtype, enabled=self.dtype != torch.float32):
             # the weights are divided instead of the pixels: these are exact in bfloat16 as they are, and many more
             maps = nn.functional.conv2d(blocks.to(self.dtype), self.first.weight / 255, self.first.bias)
-            features = self.trunk(maps)
+            features = self.hidden(self.convolutions(maps).movedim(1, -1).flatten(1))  # channels last: not copied
         return self.actor(features.float()), self.critic(features.float()).squeeze(1)
 
 

@@ -283,7 +283,8 @@ def test_network_starts_as_it_should():
     """Orthogonal weights of the gains that PPO is known to need, no biases, an almost uniform policy."""
     torch.manual_seed(0)
     network = ActorCritic(4)
-    layers = [network.first] + [network.trunk[i] for i in (1, 3, 6)] + [network.actor, network.critic]
+    convolutions = [network.first, network.convolutions[1], network.convolutions[3]]
+    layers = [*convolutions, network.hidden[0], network.actor, network.critic]
     for layer, gain in zip(layers, [2**0.5] * 4 + [0.01, 1.0]):
         weight = layer.weight.detach().flatten(1)
         weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
@@ -339,7 +340,8 @@ def test_update_is_the_formula(clip_vloss):
     agent.learning_rate.fill_(1e-3)
     minibatch, advantages = random_minibatch(size)
     exact = copy.deepcopy(agent.network).double()
-    features = exact.trunk(exact.first(minibatch.blocks.double() / 255))
+    maps = exact.convolutions(exact.first(minibatch.blocks.double() / 255))
+    features = exact.hidden(maps.permute(0, 2, 3, 1).reshape(size, -1))
     policies, values = exact.actor(features).softmax(1), exact.critic(features)[:, 0]
     sums, clipped = dict.fromkeys(METRICS, 0.0), {"up": 0, "down": 0, "value": 0}
     for i in range(size):
