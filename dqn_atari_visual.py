@@ -1325,8 +1325,8 @@ def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> fl
     return max(start_e + (end_e - start_e) * t / duration, end_e)
 
 
-def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | None) -> int:
-    """Trains from the start or from ``checkpoint``; returns the exit code, 128 + the signal if one stopped it."""
+def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
+    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
     keep_freed_memory()
     envs = AtariVector(args)
     torch.manual_seed(args.seed)
@@ -1339,7 +1339,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     agent = Agent(args, envs.num_actions, device)
     replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, find_replay_device(args, device))
     global_step, run_id = 0, None
-    if checkpoint:
+    if resume:
+        checkpoint = load(resume, needs="replay")  # not before the workers fork: they would keep its disk space
         global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
         agent.load_state_dict(checkpoint["agent"])
         replay.load_state_dict(checkpoint["replay"])
@@ -1347,7 +1348,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        checkpoint.clear()  # lets go of the file, so that the next checkpoint frees its space
+        del checkpoint  # lets go of the file, so that the next checkpoint frees its space
     else:
         observations = upload(envs.reset(args.seed), device)
 
@@ -1443,12 +1444,12 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
 
 
 def main() -> int:
-    args, contents = tyro.cli(Args), None
+    args = tyro.cli(Args)
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
-        contents = load(path, needs="replay" if args.resume else "agent")
-        saved = Args(**{name: value for name, value in contents["args"].items() if hasattr(Args, name)})
+        flags = load(path, needs="replay" if args.resume else "agent")["args"]
+        saved = Args(**{name: value for name, value in flags.items() if hasattr(Args, name)})
         args = tyro.cli(Args, default=saved)
     check_args(args)
     game, device = game_name(args.env_id), find_device(args.device)
@@ -1457,7 +1458,7 @@ def main() -> int:
         for name in FIXED_FLAGS:
             if getattr(args, name) != getattr(saved, name):
                 sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
-        return train(args, device, path.parent, contents)
+        return train(args, device, path.parent, path)
     run_dir = Path(args.run_dir) / f"{game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         run_dir.mkdir(parents=True)
@@ -1466,6 +1467,7 @@ def main() -> int:
     print(f"{game} on {device}, {args.precision}: {run_dir}")
     if not args.evaluate:
         return train(args, device, run_dir, None)
+    contents = load(path, needs="agent")
     agent = Agent(args, int(Atari(args).action_space.n), device)
     try:
         agent.q_network.load_state_dict(contents["agent"]["q_network"])

@@ -1241,8 +1241,8 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
 # -------------------------------------------------------------------------------------------------- training
 
 
-def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | None) -> int:
-    """Trains from the start or from ``checkpoint``; returns the exit code, 128 + the signal if one stopped it.
+def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
+    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it.
 
     Every rank runs this with its share of the environments; what is logged, evaluated and saved is left to rank 0.
     """
@@ -1270,7 +1270,8 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
     if WORLD_SIZE > 1:
         join_ranks(device)
     global_step, run_id = 0, None
-    if checkpoint:
+    if resume:
+        checkpoint = load(resume, needs="ranks")  # not before the workers fork: they would keep its disk space
         global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
         agent.load_state_dict(checkpoint["agent"])
         own = checkpoint["ranks"][RANK]
@@ -1278,7 +1279,7 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
         torch.set_rng_state(own["torch_rng"])
         if device.type == "cuda" and own["cuda_rng"] is not None:
             torch.cuda.set_rng_state(own["cuda_rng"])
-        checkpoint.clear()  # lets go of the file, so that the next checkpoint frees its space
+        del checkpoint, own  # lets go of the file, so that the next checkpoint frees its space
     else:
         for parameter in agent.network.parameters() if WORLD_SIZE > 1 else ():
             together(dist.broadcast, parameter.data, 0)
@@ -1385,12 +1386,12 @@ def train(args: Args, device: torch.device, run_dir: Path, checkpoint: dict | No
 
 def main() -> int:
     resume_after_restart()
-    args, contents = tyro.cli(Args), None
+    args = tyro.cli(Args)
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
-        contents = load(path, needs="ranks" if args.resume else "agent")
-        saved = Args(**{name: value for name, value in contents["args"].items() if hasattr(Args, name)})
+        flags = load(path, needs="ranks" if args.resume else "agent")["args"]
+        saved = Args(**{name: value for name, value in flags.items() if hasattr(Args, name)})
         args = tyro.cli(Args, default=saved)
     check_args(args)
     game, device = game_name(args.env_id), find_device(args.device)
@@ -1401,10 +1402,10 @@ def main() -> int:
         for name in FIXED_FLAGS:
             if getattr(args, name) != getattr(saved, name):
                 sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
-        if len(contents["ranks"]) != WORLD_SIZE:
-            sys.exit(f"error: {path} is of {len(contents['ranks'])} ranks, here are {WORLD_SIZE}: start as many,"
+        if (ranks := len(load(path, needs="ranks")["ranks"])) != WORLD_SIZE:
+            sys.exit(f"error: {path} is of {ranks} ranks, here are {WORLD_SIZE}: start as many,"
                      f" with torchrun --nproc-per-node")  # fmt: skip
-        return train(args, device, path.parent, contents)
+        return train(args, device, path.parent, path)
     run_dir = Path(args.run_dir) / f"{game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     if RANK == 0:
         try:
@@ -1414,6 +1415,7 @@ def main() -> int:
         print(f"{game} on {device}, {args.precision}: {run_dir}")
     if not args.evaluate:
         return train(args, device, run_dir, None)
+    contents = load(path, needs="agent")
     agent = Agent(args, int(Atari(args).action_space.n), device)
     try:
         agent.network.load_state_dict(contents["agent"]["network"])

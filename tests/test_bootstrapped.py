@@ -475,7 +475,7 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
     assert found == expected and all(m["charts/episodic_return"] == r for m, (_, r) in zip(games, found))
     acting.clear()
     args.total_timesteps += 30
-    assert train(args, CPU, tmp_path, checkpoint) == 0
+    assert train(args, CPU, tmp_path, tmp_path / "checkpoint.pt") == 0
     assert acting[0] == saved
 
 

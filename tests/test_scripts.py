@@ -1,11 +1,23 @@
 """What every script does alike, from the shell on a real game; test_command_line.py looks closer at the template."""
 
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from test_command_line import NO_EXTRAS, SHORT, assert_group_is_gone, run, run_folder, start, wait_for, wandb_records
+from test_command_line import (
+    NO_EXTRAS,
+    SHORT,
+    assert_group_is_gone,
+    children,
+    run,
+    run_folder,
+    start,
+    wait_for,
+    wandb_records,
+)
 from test_overlay import read_video
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py") if path.name != "dqn_atari.py")
@@ -72,6 +84,20 @@ def test_evaluate_plays_the_model_again(recorded, tmp_path):
     line = "step 2,400: return"
     assert [x for x in again.stdout.splitlines() if line in x] == [x for x in result.stdout.splitlines() if line in x]
     assert not [path for path in run_folder(tmp_path).rglob("*") if path.is_file()]
+
+
+def test_resumed_run_lets_go_of_the_checkpoint(recorded, tmp_path):
+    """No process keeps the file, and with it the disk space, once the next checkpoint has replaced it."""
+    script, folder, _ = recorded
+    checkpoint = Path(shutil.copytree(run_folder(folder), tmp_path / "run")) / "checkpoint.pt"
+    replaced = checkpoint.stat().st_ino
+    flags = f"--resume {tmp_path / 'run'} --total-timesteps 1000000 --eval-frequency 0 --wandb-mode disabled"
+    process = start(tmp_path, flags, script)
+    wait_for(lambda: checkpoint.stat().st_ino != replaced, process)
+    maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in [process.pid, *children(process.pid)]}
+    process.terminate()
+    assert "stopped at step" in process.communicate()[0]
+    assert len(maps) > 2 and not [pid for pid, text in maps.items() if "checkpoint.pt" in text]
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "apex_dqn_atari.py"])
