@@ -91,7 +91,7 @@ def test_resumed_run_lets_go_of_the_checkpoint(recorded, tmp_path):
     script, folder, _ = recorded
     checkpoint = Path(shutil.copytree(run_folder(folder), tmp_path / "run")) / "checkpoint.pt"
     replaced = checkpoint.stat().st_ino
-    flags = f"--resume {tmp_path / 'run'} --total-timesteps 1000000 --eval-frequency 0 --wandb-mode disabled"
+    flags = f"--resume {tmp_path / 'run'} --total-timesteps 1000000 --checkpoint-frequency 400 --wandb-mode disabled"
     process = start(tmp_path, flags, script)
     wait_for(lambda: checkpoint.stat().st_ino != replaced, process)
     maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in [process.pid, *children(process.pid)]}
