@@ -66,7 +66,7 @@ class Args:
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's name"""
     seed: int = 1
-    """seed of the network, the replay and the games"""
+    """seed of all that is random"""
     torch_deterministic: bool = True
     """make cuDNN choose deterministic algorithms"""
     device: str = "auto"
