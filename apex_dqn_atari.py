@@ -1131,7 +1131,10 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     if resume:
         checkpoint = load(resume, needs="replay")
         global_step, updates, run_id = (checkpoint[name] for name in ("global_step", "updates", "wandb_run_id"))
-        agent.load_state_dict(checkpoint["agent"])
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            sys.exit(f"error: {resume} does not fit the network of this script: {str(error).splitlines()[-1].strip()}")
         replay.load_state_dict(checkpoint["replay"])
         torch.set_rng_state(checkpoint["torch_rng"])
         if device.type == "cuda" and checkpoint["cuda_rng"] is not None:

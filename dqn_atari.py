@@ -1067,7 +1067,10 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     if resume:
         checkpoint = load(resume, needs="replay")  # not before the workers fork: they would keep its disk space
         global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
-        agent.load_state_dict(checkpoint["agent"])
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            sys.exit(f"error: {resume} does not fit the network of this script: {str(error).splitlines()[-1].strip()}")
         replay.load_state_dict(checkpoint["replay"])
         observations = upload(envs.load_state_dict(checkpoint["envs"]), device)
         torch.set_rng_state(checkpoint["torch_rng"])

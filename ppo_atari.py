@@ -1273,7 +1273,10 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     if resume:
         checkpoint = load(resume, needs="ranks")  # not before the workers fork: they would keep its disk space
         global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
-        agent.load_state_dict(checkpoint["agent"])
+        try:
+            agent.load_state_dict(checkpoint["agent"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            sys.exit(f"error: {resume} does not fit the network of this script: {str(error).splitlines()[-1].strip()}")
         own = checkpoint["ranks"][RANK]
         players.load_state_dict(own["envs"])
         torch.set_rng_state(own["torch_rng"])

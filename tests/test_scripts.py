@@ -1,5 +1,6 @@
 """What every script does alike, from the shell on a real game; test_command_line.py looks closer at the template."""
 
+import importlib
 import shutil
 import time
 from pathlib import Path
@@ -84,6 +85,22 @@ def test_evaluate_plays_the_model_again(recorded, tmp_path):
     line = "step 2,400: return"
     assert [x for x in again.stdout.splitlines() if line in x] == [x for x in result.stdout.splitlines() if line in x]
     assert not [path for path in run_folder(tmp_path).rglob("*") if path.is_file()]
+
+
+def test_checkpoint_of_another_network_is_refused(recorded, tmp_path, monkeypatch):
+    """One sentence says what does not fit, as after a change of layers in a copy of the script."""
+    script, folder, _ = recorded
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(module, "start_ray", lambda args: None, raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    checkpoint = torch.load(run_folder(folder) / "checkpoint.pt", weights_only=True)
+    parts = checkpoint["agent"]
+    parts["network" if "network" in parts else "q_network"].popitem()
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    args = module.Args(**checkpoint["args"])
+    args.num_workers = 0
+    with pytest.raises(SystemExit, match="error: .*checkpoint.pt does not fit the network of this script: Missing key"):
+        module.train(args, torch.device("cpu"), tmp_path, tmp_path / "checkpoint.pt")
 
 
 def test_resumed_run_lets_go_of_the_checkpoint(recorded, tmp_path):
