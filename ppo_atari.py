@@ -624,7 +624,7 @@ class ActorCritic(nn.Module):
     """The network of Mnih et al. 2015 with two heads: blocks uint8 [batch, 64, 21, 21] to logits and values.
 
     The logits are those of the policy, float32 [batch, actions], the values float32 [batch]. ``dtype`` is the precision
-    in which the trunk computes; its weights stay float32.
+    in which all but the heads compute; the weights stay float32.
     """
 
     def __init__(self, num_actions: int, dtype: torch.dtype = torch.float32):
