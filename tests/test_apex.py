@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_learner import random_batch, state_frame
-from test_replay import Naive
+from helpers import Naive, random_batch, state_frame
 
 import apex_dqn_atari
 from apex_dqn_atari import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_command_line import run, run_folder, start, wait_for, wandb_records
+from helpers import run, run_folder, start, wait_for, wandb_records
 
 from apex_dqn_atari import CHUNK
 

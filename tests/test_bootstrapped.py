@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_learner import random_batch, state_frame
+from helpers import random_batch, state_frame
 
 import bootstrapped_dqn_atari
 import dqn_atari

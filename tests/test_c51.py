@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_learner import random_batch, state_frame
+from helpers import random_batch, state_frame
 
 import c51_atari
 from c51_atari import (

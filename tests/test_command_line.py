@@ -1,64 +1,26 @@
 """dqn_atari.py from the shell: runs, W&B record, video, resume, faults and errors, on real games."""
 
-import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_overlay import read_video
+from helpers import (
+    NO_EXTRAS,
+    SHORT,
+    assert_group_is_gone,
+    children,
+    read_video,
+    run,
+    run_folder,
+    start,
+    wait_for,
+    wandb_records,
+)
 
 from dqn_atari import Agent, Args, train
-
-SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1"
-NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
-
-
-def start(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / script), *flags.split()]
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, cwd=folder, **options)
-
-
-def run(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.CompletedProcess:
-    process = start(folder, flags, script, **options)
-    stdout, stderr = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
-
-
-def run_folder(folder: Path) -> Path:
-    (found,) = (folder / "runs").iterdir()
-    return found
-
-
-def wait_for(condition, process: subprocess.Popen, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def assert_group_is_gone(pid: int) -> None:
-    """No process of the run is left within 10 seconds (W&B's own service ends by itself too)."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            os.killpg(pid, 0)
-        except ProcessLookupError:
-            return
-        assert time.monotonic() < deadline, "processes are left behind"
-        time.sleep(0.05)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +30,6 @@ def recorded(tmp_path_factory):
     result = run(folder, SHORT + " --total-timesteps 2400 --eval-frequency 1200 --checkpoint-frequency 1200 --seed 3")
     assert result.returncode == 0, result.stderr
     return folder, result
-
-
-def wandb_records(folder: Path) -> list[dict]:
-    (record,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_run_leaves_its_files(recorded):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_learner import random_batch
+from helpers import random_batch
 
 from dqn_atari import SIZE, Agent, Args, CudaGraph, Replay, find_replay_device
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import random_batch, state_frame
 
 import dqn_atari
-from dqn_atari import SIZE, STACK, Agent, Args, QNetwork, Replay, linear_schedule
+from dqn_atari import Agent, Args, QNetwork, Replay, linear_schedule
 
 CPU = torch.device("cpu")
 
@@ -20,21 +21,6 @@ CPU = torch.device("cpu")
 def make_agent(num_actions=2, **flags):
     torch.manual_seed(0)
     return Agent(Args(**({"precision": "float32"} | flags)), num_actions, CPU)
-
-
-def random_batch(size=32, num_actions=2):
-    generator = torch.Generator().manual_seed(3)
-    frames = torch.randint(0, 256, (size, 5, SIZE, SIZE), dtype=torch.uint8, generator=generator)
-    actions = torch.randint(num_actions, (size,), generator=generator)
-    returns = torch.randn(size, generator=generator)
-    discounts = 0.99 * (torch.rand(size, generator=generator) < 0.8)
-    return frames[:, :STACK], actions, returns, frames[:, 1:], discounts
-
-
-def state_frame(state: int) -> torch.Tensor:
-    frame = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
-    frame[20:64, 16 * state : 16 * state + 16] = 255
-    return frame
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

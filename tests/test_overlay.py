@@ -1,8 +1,8 @@
 """The overlay shows the numbers it was given, and the video holds every picture."""
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
+from helpers import read_video
 
 from dqn_atari import BAR, CHOSEN, GAIN, GREEDY, LOSS, TEXT, Args, Atari, Overlay, Recorder, number
 
@@ -119,12 +119,6 @@ def test_the_game_is_shown():
     env = make_overlay(6)
     env.think(np.zeros(6), 0)
     np.testing.assert_array_equal(env.render()[1::3, 1:480:3], env.env.ale.getScreenRGB())
-
-
-def read_video(path):
-    frames = imageio_ffmpeg.read_frames(str(path))
-    meta = next(frames)
-    return meta, [np.frombuffer(frame, np.uint8).reshape(meta["size"][1], meta["size"][0], 3) for frame in frames]
 
 
 def test_video_has_one_frame_per_step(tmp_path):

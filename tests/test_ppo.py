@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_command_line import assert_group_is_gone, run, run_folder, start, wait_for
-from test_learner import state_frame
+from helpers import assert_group_is_gone, run, run_folder, start, state_frame, wait_for
 
 import ppo_atari
 from ppo_atari import (

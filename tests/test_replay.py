@@ -3,38 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from helpers import Naive
 
-from dqn_atari import HISTORY, SIZE, STACK, Replay
+from dqn_atari import HISTORY, SIZE, Replay
 
 CPU = torch.device("cpu")
-
-
-class Naive:
-    """Follows one environment and keeps every transition as whole stacks, in the plainest way."""
-
-    def __init__(self, n_step, gamma):
-        self.n_step, self.gamma = n_step, gamma
-        self.stacks, self.steps = [], []  # stack, action, reward, terminated and truncated of every step
-        self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
-
-    def add(self, frame, action, reward, terminated, truncated):
-        self.stack = np.concatenate([self.stack[1:], frame[None]])
-        self.stacks.append(self.stack)
-        self.steps.append((action, reward, terminated, truncated))
-        if terminated or truncated:
-            self.stack = np.zeros_like(self.stack)
-
-    def transition(self, t):
-        """(stack, action, return, next stack or None, discount) of step ``t``, or None if truncation cuts it off."""
-        total = 0.0
-        for k in range(self.n_step):
-            _, reward, terminated, truncated = self.steps[t + k]
-            total += self.gamma**k * reward
-            if terminated:
-                return self.stacks[t], self.steps[t][0], total, None, 0.0
-            if truncated:
-                return None
-        return self.stacks[t], self.steps[t][0], total, self.stacks[t + self.n_step], self.gamma**self.n_step
 
 
 @pytest.mark.parametrize("num_envs", [1, 5])

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_command_line import (
+from helpers import (
     NO_EXTRAS,
     SHORT,
     assert_group_is_gone,
     children,
+    read_video,
     run,
     run_folder,
     start,
     wait_for,
     wandb_records,
 )
-from test_overlay import read_video
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py") if path.name != "dqn_atari.py")
 # flags of the template that a script has others for

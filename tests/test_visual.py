@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_command_line import run, run_folder, wandb_records
-from test_learner import random_batch
-from test_overlay import read_video
+from helpers import random_batch, read_video, run, run_folder, wandb_records
 from torch import nn
 
 import dqn_atari_visual

@@ -1,0 +1,115 @@
+"""What several test files use: runs of the scripts and what they leave, random batches, a replay to compare with."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from conftest import ROOT
+
+from dqn_atari import SIZE, STACK
+
+SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1"
+NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
+
+
+def start(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / script), *flags.split()]
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=folder, **options)
+
+
+def run(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.CompletedProcess:
+    process = start(folder, flags, script, **options)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
+
+
+def run_folder(folder: Path) -> Path:
+    (found,) = (folder / "runs").iterdir()
+    return found
+
+
+def wait_for(condition, process: subprocess.Popen, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def assert_group_is_gone(pid: int) -> None:
+    """No process of the run is left within 10 seconds (W&B's own service ends by itself too)."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            os.killpg(pid, 0)
+        except ProcessLookupError:
+            return
+        assert time.monotonic() < deadline, "processes are left behind"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wandb_records(folder: Path) -> list[dict]:
+    (record,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_video(path):
+    frames = imageio_ffmpeg.read_frames(str(path))
+    meta = next(frames)
+    return meta, [np.frombuffer(frame, np.uint8).reshape(meta["size"][1], meta["size"][0], 3) for frame in frames]
+
+
+def random_batch(size=32, num_actions=2):
+    generator = torch.Generator().manual_seed(3)
+    frames = torch.randint(0, 256, (size, 5, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    actions = torch.randint(num_actions, (size,), generator=generator)
+    returns = torch.randn(size, generator=generator)
+    discounts = 0.99 * (torch.rand(size, generator=generator) < 0.8)
+    return frames[:, :STACK], actions, returns, frames[:, 1:], discounts
+
+
+def state_frame(state: int) -> torch.Tensor:
+    frame = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
+    frame[20:64, 16 * state : 16 * state + 16] = 255
+    return frame
+
+
+class Naive:
+    """Follows one environment and keeps every transition as whole stacks, in the plainest way."""
+
+    def __init__(self, n_step, gamma):
+        self.n_step, self.gamma = n_step, gamma
+        self.stacks, self.steps = [], []  # stack, action, reward, terminated and truncated of every step
+        self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
+
+    def add(self, frame, action, reward, terminated, truncated):
+        self.stack = np.concatenate([self.stack[1:], frame[None]])
+        self.stacks.append(self.stack)
+        self.steps.append((action, reward, terminated, truncated))
+        if terminated or truncated:
+            self.stack = np.zeros_like(self.stack)
+
+    def transition(self, t):
+        """(stack, action, return, next stack or None, discount) of step ``t``, or None if truncation cuts it off."""
+        total = 0.0
+        for k in range(self.n_step):
+            _, reward, terminated, truncated = self.steps[t + k]
+            total += self.gamma**k * reward
+            if terminated:
+                return self.stacks[t], self.steps[t][0], total, None, 0.0
+            if truncated:
+                return None
+        return self.stacks[t], self.steps[t][0], total, self.stacks[t + self.n_step], self.gamma**self.n_step
