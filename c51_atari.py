@@ -35,11 +35,13 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import ale_py
 import cv2
@@ -51,10 +53,15 @@ import tyro
 from torch import nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 ALGORITHM = "C51"  # written into checkpoints: those of another algorithm are refused
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
 METRICS = ("cross_entropy", "q_values", "greedy_mean", "greedy_std", "mass_at_v_min", "mass_at_v_max")  # in losses/
-FIXED_FLAGS = ("env_id", "num_envs", "buffer_size", "n_step", "full_action_space", "precision")  # on --resume
+FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_envs", "buffer_size", "n_step", "full_action_space")  # on --resume
 FIXED_FLAGS += ("n_atoms", "v_min", "v_max")
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
 gym.register_envs(ale_py)
@@ -1009,32 +1016,76 @@ class Recorder:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
+# never taken from a file, which may be a stranger's: paths, addresses and accounts
+LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
+
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the folder of a run and returns its path; starts in the same second get different names."""
+    start_time = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
+    path = Path(args.run_dir) / name
+    number = 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{name}-{number}")
+        except OSError as error:
+            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+
+
+def lock(run_dir: Path) -> None:
+    """Keeps a run's folder for this process until it ends; ends the program if another process has it.
+
+    Call it after the workers have forked: they inherit open files, and would keep the lock of a main process that died.
+    """
+    if fcntl is None:
+        return
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
+
 
 def save(path: Path, contents: dict) -> bool:
     """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
-    beside = path.with_suffix(".tmp")
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         with open(beside, "wb") as file:
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
         return True
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        beside.unlink(missing_ok=True)
-        warnings.warn(f"{path} was not written, what was there before is kept: {error}", stacklevel=2)
+    except (OSError, RuntimeError) as error:
+        disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
+        reason = disk_error or error
+        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
+        with suppress(OSError):
+            beside.unlink()
         return False
 
 
+def header(args: Args, global_step: int) -> dict:
+    """What every checkpoint and every model begins with."""
+    script = Path(__file__).name
+    return {"algorithm": ALGORITHM, "script": script, "args": asdict(args), "global_step": global_step}
+
+
 def model(args: Args, agent: Agent, global_step: int) -> dict:
-    """What ``--evaluate`` needs; the flags without the paths that this start was given."""
-    flags = asdict(args) | {"resume": None, "evaluate": None}
-    network = {"q_network": agent.q_network.state_dict()}
-    return {"algorithm": ALGORITHM, "args": flags, "global_step": global_step, "agent": network}
+    """What ``--evaluate`` needs."""
+    return header(args, global_step) | {"agent": {"q_network": agent.q_network.state_dict()}}
 
 
-def load(path: Path, needs: str) -> dict:
-    """Opens a checkpoint or a model; ends the program if it is missing, damaged, of another algorithm or lacks a part.
+def load(path: Path, part: str) -> dict:
+    """Opens a checkpoint or a model; ends the program if it is missing, of another algorithm or lacks ``part``.
 
     Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
     """
@@ -1047,9 +1098,101 @@ def load(path: Path, needs: str) -> dict:
         sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if needs not in contents:
-        sys.exit(f"error: {path} has no {needs}: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
+    if part not in contents:
+        sys.exit(f"error: {path} has no {part}: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
+
+
+def refuse(path: Path, error: Exception) -> NoReturn:
+    """Ends the program: what is in the file does not fit, as ``error`` says."""
+    reason = str(error).strip().split("\n")[-1].strip()
+    if isinstance(error, KeyError):
+        reason = f"it has no {reason}"
+    sys.exit(f"error: {path} does not fit this script, or is damaged: {reason}")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether all that a checkpoint holds has the checksum that was written with it: torch does not look at them.
+
+    Takes 2 seconds a gigabyte.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:
+        return False
+
+
+def is_a(value, hint) -> bool:
+    """``isinstance`` for the type of a flag, which may be a ``Literal``."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    return isinstance(value, hint)
+
+
+def read_flags(path: Path, part: str) -> Args:
+    """The flags in a checkpoint or a model but for ``LOCAL_FLAGS``; ends the program if the file is damaged."""
+    contents = load(path, part)
+    if not is_intact(path):
+        sys.exit(f"error: {path} is damaged: use another one")
+    saved, types = Args(), get_type_hints(Args)
+    try:
+        step = contents["global_step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"its global_step is {step!r}")
+        for name, value in contents["args"].items():
+            if name not in types or name in LOCAL_FLAGS:
+                continue
+            if not is_a(value, types[name]):
+                raise ValueError(f"its flag {name} is {value!r}")
+            setattr(saved, name, value)
+    except Exception as error:
+        refuse(path, error)
+    return saved
+
+
+def random_state(device: torch.device) -> dict:
+    """The states of torch's random number generators, of the CPU and of a GPU."""
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda_state}
+
+
+def load_random_state(state: dict, device: torch.device) -> None:
+    """A run that moves between a CPU and a GPU goes on with the seed there."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def check_resume(args: Args, saved: Args, path: Path) -> None:
+    """Ends the program if a flag cannot change on ``--resume``, or if the run is finished."""
+    for name in FIXED_FLAGS:
+        if getattr(args, name) != getattr(saved, name):
+            sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
+    if args.run_dir != Args.run_dir:
+        sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
+    contents = load(path, "random")
+    step, model_path = contents["global_step"], path.parent / "model.pt"
+    if step > args.total_timesteps or (step == args.total_timesteps and model_path.exists()):
+        sys.exit(f"error: {path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}: raise it to go on,"
+                 f" or play the model with --evaluate {path.parent}")  # fmt: skip
+    if contents["script"] != Path(__file__).name:
+        say(f"warning: {path} was written by {contents['script']}, this is {Path(__file__).name}", file=sys.stderr)
+    for name in LOCAL_FLAGS:
+        before, now = contents["args"].get(name), getattr(args, name)
+        if name.startswith("wandb") and before != now:
+            say(f"note: --{name.replace('_', '-')} is {now}, it was {before}: no file decides where a run is logged")
+
+
+def how_to_go_on(run_dir: Path, global_step: int, saved_step: int | None) -> str:
+    """What is left of a run that was stopped."""
+    if (run_dir / "model.pt").is_file():
+        return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
+    if not (run_dir / "checkpoint.pt").is_file():
+        return f"stopped at step {global_step:,}; nothing could be saved"
+    if saved_step == global_step:
+        return f"stopped at step {global_step:,}; go on with: --resume {run_dir}"
+    return f"stopped at step {global_step:,}, which could not be saved; go on from an earlier one: --resume {run_dir}"
 
 
 # ------------------------------------------------------------------------------------- evaluation and logging
@@ -1082,6 +1225,12 @@ def start_wandb(args: Args, name: str, run_id: str | None = None):
     run.define_metric("global_step")
     run.define_metric("*", step_metric="global_step")
     return run
+
+
+def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
+    """The charts of games that have ended, each the mean over them."""
+    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
+    return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
 
 
 def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
@@ -1138,29 +1287,27 @@ def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> fl
 def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
     """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
     keep_freed_memory()
-    envs = AtariVector(args)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
-
-    agent = Agent(args, envs.num_actions, device)
+    envs = AtariVector(args)  # forks, so before the lock, threads and CUDA
+    lock(run_dir)
+    set_up_torch(args, device)
     replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, find_replay_device(args, device))
-    global_step, run_id = 0, None
+    agent = Agent(args, envs.num_actions, device)
+    global_step, saved_step, run_id = 0, None, None
     if resume:
-        checkpoint = load(resume, needs="replay")  # not before the workers fork: they would keep its disk space
-        global_step, run_id = checkpoint["global_step"], checkpoint["wandb_run_id"]
+        checkpoint = load(resume, part="replay")  # not before the workers fork: they would keep its disk space
         try:
+            global_step = saved_step = checkpoint["global_step"]
             agent.load_state_dict(checkpoint["agent"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            sys.exit(f"error: {resume} does not fit the network of this script: {str(error).splitlines()[-1].strip()}")
-        replay.load_state_dict(checkpoint["replay"])
-        observations = upload(envs.load_state_dict(checkpoint["envs"]), device)
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+            replay.load_state_dict(checkpoint["replay"])
+            observations = upload(envs.load_state_dict(checkpoint["envs"]), device)
+            load_random_state(checkpoint["random"], device)
+            if global_step != replay.num_steps * args.num_envs:
+                raise ValueError(f"step {global_step} does not belong to a replay of {replay.num_steps} steps")
+            run_id = slug(checkpoint["wandb_run_id"]) if checkpoint["wandb_run_id"] else None
+            if checkpoint["precision"] != agent.precision:
+                say(f"the precision is {agent.precision} here; it was {checkpoint['precision']}")
+        except Exception as error:
+            refuse(resume, error)
         del checkpoint  # lets go of the file, so that the next checkpoint frees its space
     else:
         observations = upload(envs.reset(args.seed), device)
@@ -1173,24 +1320,22 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         update = graph(agent.update)
         learn = lambda: update(*(upload(x, device) for x in replay.sample(args.batch_size)))  # noqa: E731
 
-    run = start_wandb(args, run_dir.name, run_id)
-    stop_signals, exit_code = catch_signals(), 1
+    tracker = Tracker(args, run_dir, run_id=run_id)
+    stop_signals = catch_signals()
+    exit_code = 1
 
     def passed(frequency: int) -> int:
         """How many multiples of ``frequency`` the last step of all environments has reached."""
         return global_step // frequency - (global_step - args.num_envs) // frequency if frequency else 0
 
-    def log(metrics: dict) -> None:
-        if run:
-            run.log(metrics | {"global_step": global_step})
-
     def save_checkpoint() -> None:
+        nonlocal saved_step
         agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        contents = model(args, agent, global_step) | {"agent": agent.state_dict(), "replay": replay.state_dict()}
-        contents |= {"envs": envs.state_dict(), "wandb_run_id": run.id if run else None}
-        contents |= {"torch_rng": torch.get_rng_state()}
-        contents |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
-        save(run_dir / "checkpoint.pt", contents)
+        contents = header(args, global_step) | {"precision": agent.precision, "wandb_run_id": tracker.run_id}
+        contents |= {"agent": agent.state_dict(), "replay": replay.state_dict(), "envs": envs.state_dict()}
+        contents |= {"random": random_state(device)}
+        if save(run_dir / "checkpoint.pt", contents):
+            saved_step = global_step
 
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
     returns, epsilon = deque(maxlen=20), torch.zeros((), device=device)
@@ -1217,14 +1362,14 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             observations = upload(next_observations, device)
 
             # log
-            for game in games:
-                returns.append(game["r"])
-                log({"charts/episodic_return": game["r"], "charts/episodic_length": game["l"],
-                     "charts/unique_frames": game["unique_frames"]})  # fmt: skip
+            if games:
+                returns.extend(game["r"] for game in games)
+                tracker.log(episode_means("charts", games), global_step)
             if passed(LOG_FREQUENCY):
                 sps = (global_step - clock_step) / (time.perf_counter() - clock)
-                log({"charts/SPS": sps, "charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate}
-                    | agent.mean_losses())  # fmt: skip
+                charts = {"charts/SPS": sps, "charts/epsilon": epsilon.item()}
+                charts |= {"charts/learning_rate": args.learning_rate}
+                tracker.log(charts | agent.mean_losses(), global_step)
                 agent.losses.zero_()
                 bar.update(global_step - bar.n)
                 recent = f"{np.mean(returns):.1f}" if returns else "-"
@@ -1232,65 +1377,71 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
                 clock, clock_step = time.perf_counter(), global_step
 
             pause = time.perf_counter()
-            if passed(args.eval_frequency) and global_step < args.total_timesteps:
-                evaluate(args, agent, device, global_step, run_dir, run, stopped=lambda: stop_signals)
-            if passed(args.checkpoint_frequency) or stop_signals:
+            if passed(args.checkpoint_frequency):
                 save_checkpoint()
+            if passed(args.eval_frequency) and global_step < args.total_timesteps:
+                evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
             clock += time.perf_counter() - pause
 
-        if stop_signals:
-            print(f"stopped at step {global_step:,}; go on with: --resume {run_dir}")
-            exit_code = 128 + stop_signals[0]
-        else:
+        if saved_step != global_step:
             save_checkpoint()
-            evaluate(args, agent, device, global_step, run_dir, run)
+        if global_step >= args.total_timesteps:
             saved = save(run_dir / "model.pt", model(args, agent, global_step))
-            if run and saved:
-                run.log_model(str(run_dir / "model.pt"), name=f"{run_dir.name}-model")
             exit_code = 0 if saved else 1
+            if saved:
+                tracker.log_model(run_dir / "model.pt")
+            evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
+        bar.close()
+        if stop_signals:
+            say(how_to_go_on(run_dir, global_step, saved_step))
+            exit_code = 128 + stop_signals[0]
     finally:
         bar.close()
         envs.close()
-        if run:
-            run.finish(exit_code)
+        tracker.finish(exit_code, stopped=lambda: stop_signals)
+    return exit_code
+
+
+def play(args: Args, device: torch.device, path: Path) -> int:
+    """Plays and records a saved model; returns the exit code."""
+    contents = load(path, "agent")
+    set_up_torch(args, device)
+    agent = Agent(args, int(Atari(args).action_space.n), device)
+    try:
+        agent.q_network.load_state_dict(contents["agent"]["q_network"])
+    except Exception as error:
+        refuse(path, error)
+    run_dir = make_run_dir(args)
+    say(f"{args.env_id} on {device}, {agent.precision}: {run_dir}")
+    tracker = Tracker(args, run_dir, job_type="eval")
+    stop_signals = catch_signals()
+    evaluate(args, agent, device, contents["global_step"], run_dir, tracker, stopped=lambda: stop_signals)
+    exit_code = 128 + stop_signals[0] if stop_signals else 0
+    tracker.finish(exit_code, stopped=lambda: stop_signals)
     return exit_code
 
 
 def main() -> int:
-    args = tyro.cli(Args)
+    args = parse_args()
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
-        flags = load(path, needs="replay" if args.resume else "agent")["args"]
-        saved = Args(**{name: value for name, value in flags.items() if hasattr(Args, name)})
-        args = tyro.cli(Args, default=saved)
+        saved = read_flags(path, part="random" if args.resume else "agent")
+        args = parse_args(default=saved)
     check_args(args)
-    game, device = game_name(args.env_id), find_device(args.device)
-    args.precision = find_precision(args.precision, device)
+    device = find_device(args.device)
+    if args.evaluate:
+        return play(args, device, path)
     if args.resume:
-        for name in FIXED_FLAGS:
-            if getattr(args, name) != getattr(saved, name):
-                sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
+        check_resume(args, saved, path)
         return train(args, device, path.parent, path)
-    run_dir = Path(args.run_dir) / f"{game}__{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = make_run_dir(args)
+    say(f"{args.env_id} on {device}: {run_dir}")
     try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        sys.exit(f"error: the run folder cannot be made: {error}")
-    print(f"{game} on {device}, {args.precision}: {run_dir}")
-    if not args.evaluate:
         return train(args, device, run_dir, None)
-    contents = load(path, needs="agent")
-    agent = Agent(args, int(Atari(args).action_space.n), device)
-    try:
-        agent.q_network.load_state_dict(contents["agent"]["q_network"])
-    except RuntimeError:
-        sys.exit(f"error: the model in {path} does not fit the network of this script or the actions of {game}")
-    run = start_wandb(args, run_dir.name)
-    evaluate(args, agent, device, contents["global_step"], run_dir, run)
-    if run:
-        run.finish()
-    return 0
+    finally:
+        with suppress(OSError):
+            run_dir.rmdir()  # a start that failed leaves no empty folder
 
 
 if __name__ == "__main__":
