@@ -1213,15 +1213,16 @@ def lock(run_dir: Path) -> None:
 
     Call it after the workers have forked: they inherit open files, and would keep the lock of a main process that died.
     """
-    if fcntl is None:
-        return
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
-    except OSError:  # a file system without locks
-        pass
+    if fcntl is not None:
+        folder = os.open(run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
+        except OSError:  # a file system without locks
+            pass
+    for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
+        half_written.unlink()
 
 
 def save(path: Path, contents: dict) -> bool:
