@@ -1087,7 +1087,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
     if args.run_dir != Args.run_dir:
         sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
-    contents = load(path, "random")
+    contents = load(path, "agent")
     step, model_path = contents["global_step"], path.parent / "model.pt"
     if step > args.total_timesteps or (step == args.total_timesteps and model_path.exists()):
         sys.exit(f"error: {path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}: raise it to go on,"
@@ -1342,7 +1342,7 @@ def main() -> int:
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
-        saved = read_flags(path, part="random" if args.resume else "agent")
+        saved = read_flags(path, part="replay" if args.resume else "agent")
         args = parse_args(default=saved)
     check_args(args)
     device = find_device(args.device)

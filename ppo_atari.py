@@ -1282,7 +1282,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
             sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
     if args.run_dir != Args.run_dir:
         sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
-    contents = load(path, "random")
+    contents = load(path, "agent")
     step, model_path = contents["global_step"], path.parent / "model.pt"
     if step > args.total_timesteps or (step == args.total_timesteps and model_path.exists()):
         sys.exit(f"error: {path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}: raise it to go on,"
