@@ -655,12 +655,13 @@ class Replay:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises an error unless the state is of such a replay."""
-        if type(state["num_steps"]) is not int or state["num_steps"] < 0:
-            raise ValueError(f"num_steps is {state['num_steps']}")
-        filled = min(state["num_steps"], self.rows)
+        num_steps = state["num_steps"]
+        if type(num_steps) is not int or not 0 <= num_steps < 2**62:
+            raise ValueError(f"num_steps is {num_steps}")
+        filled = min(num_steps, self.rows)
         for name in self.ARRAYS:
             fill(getattr(self, name)[:filled], state[name])
-        self.num_steps = state["num_steps"]
+        self.num_steps = num_steps
         self.num_steps_on_device.fill_(self.num_steps)
 
 
@@ -797,12 +798,11 @@ def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
-    if not saved["state"]:  # of a time before the first update
-        return
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()  # makes moments as this device needs them; without a gradient, the parameters stay as they are
-    optimizer.zero_grad()
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
     fill(optimizer.state_dict()["state"], saved["state"])
 
 

@@ -884,12 +884,11 @@ def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
-    if not saved["state"]:  # of a time before the first update
-        return
-    for parameter in optimizer.param_groups[0]["params"]:
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()  # makes moments as this device needs them; without a gradient, the parameters stay as they are
-    optimizer.zero_grad()
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
     fill(optimizer.state_dict()["state"], saved["state"])
 
 

@@ -340,6 +340,54 @@ def test_draws_at_the_edge_of_a_share_are_of_the_next(monkeypatch):
     assert filled_replay(torch.tensor([[0.0], [1.0], [0.0], [1.0]])).sample(2).indices.tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("batch_size", [1, 32, 512])
+def test_highest_draw_is_not_past_the_end(monkeypatch, batch_size):
+    """1 - 2**-24 is the highest random number; what lies at the end with priority 0 is not drawn either."""
+    priorities = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0)) ** 4
+    priorities[990:] = 0
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.full((size,), 1 - 2**-24))
+    indices = filled_replay(priorities).sample(batch_size).indices
+    assert indices[-1] == 990 * 4 - 1
+    assert (priorities.flatten()[indices] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "num_steps", [None, 2 * CHUNK, [], [2 * CHUNK, 0], [CHUNK], [3 * CHUNK], [-1], [2.0 * CHUNK], ["many"], [2**70]]
+)
+def test_counters_that_are_not_of_the_arrays_are_refused(num_steps):
+    args = make_args(buffer_size=2 * 4 * CHUNK)
+    replay = Replay(args, CPU)
+    replay.num_steps = [2 * CHUNK]
+    state = replay.state_dict()
+    Replay(args, CPU).load_state_dict(state)
+    with pytest.raises((TypeError, ValueError)):
+        Replay(args, CPU).load_state_dict(state | {"num_steps": num_steps})
+
+
+@pytest.mark.parametrize("name", Replay.ARRAYS)
+def test_array_of_another_kind_is_refused(name):
+    args = make_args(buffer_size=2 * 4 * CHUNK)
+    replay = Replay(args, CPU)
+    replay.num_steps = [2 * CHUNK]
+    state = replay.state_dict()
+    for spoiled in (state[name][:, :1], state[name][:1], state[name].double(), state[name].tolist()):
+        with pytest.raises(ValueError):
+            Replay(args, CPU).load_state_dict(state | {name: spoiled})
+    del state[name]
+    with pytest.raises(KeyError):
+        Replay(args, CPU).load_state_dict(state)
+
+
+def test_actors_find_their_own_precision(monkeypatch):
+    """A flag holds for them too; auto means what the CPU can do that an actor runs on."""
+    for found in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found)
+        for precision in ("float32", "bfloat16", "auto"):
+            expected = precision if precision != "auto" else "bfloat16" if found else "float32"
+            actor = Actor(make_args(envs_per_actor=1, precision=precision), 0, 0)
+            assert actor.network.dtype == actor.network.trunk[0].weight.dtype == getattr(torch, expected)
+
+
 def test_replay_survives_a_checkpoint(scripted, tmp_path):
     """With its priorities: a restored replay draws the same; the next chunk does not follow, and is stored behind."""
     args = make_args(buffer_size=2 * (2 * CHUNK + 20))
