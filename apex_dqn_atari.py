@@ -28,7 +28,6 @@ The learner is the process that is started; the actors are Ray actors. They run 
 same seed differ.
 """
 
-import copy
 import ctypes
 import difflib
 import math
@@ -92,7 +91,7 @@ class Args:
     torch_deterministic: bool = True
     """make cuDNN choose deterministic algorithms"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ...; auto takes the first of cuda, mps, cpu that is there"""
+    """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """where Weights & Biases records the run; auto: online when logged in, else offline"""
     wandb_project_name: str = "watchrl"
@@ -142,8 +141,8 @@ class Args:
     """learning rate of RMSProp"""
     buffer_size: int = 2_000_000
     """transitions in the replay (7,070 bytes each: 14.1 GB for two million)"""
-    replay_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the replay lies; auto: on the learner's device if it fits there, else in main memory"""
+    replay_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the replay lies; auto: beside the learner on CUDA if it fits there, else in main memory"""
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 3
@@ -200,21 +199,32 @@ def check_args(args: Args) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device that ``--device`` means; ends the program if this machine has none such."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [kind for kind, available in here.items() if available]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     try:
         device = torch.device(usable[0] if name == "auto" else name)
     except RuntimeError:
         sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
-    if device.type not in usable or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
         sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
     return device
 
 
 def find_precision(name: str, device: torch.device) -> str:
+    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
     if name == "auto":
         return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
     return name
+
+
+def set_up_torch(args: Args, device: torch.device) -> None:
+    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
 
 def keep_freed_memory() -> None:
@@ -442,7 +452,7 @@ class Replay:
         self.rows, self.n_step, self.device = args.buffer_size // self.num_envs, args.n_step, device
         self.alpha, self.beta = args.prioritized_replay_alpha, args.prioritized_replay_beta
         shape = (self.rows, self.num_envs)
-        self.frames = torch.zeros(*shape, SIZE, SIZE, dtype=torch.uint8, device=device)
+        self.frames = blank_frames((*shape, SIZE, SIZE), device)
         self.ages, self.actions = (torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2))
         self.returns, self.discounts, self.priorities = (torch.zeros(shape, device=device) for _ in range(3))
         self.num_steps = [0] * args.num_actors  # stored of each environment of an actor
@@ -470,10 +480,9 @@ class Replay:
 
         One is drawn from each of ``batch_size`` equal shares of the priorities' sum (Schaul et al. 2016, B.2.1).
         """
-        # a sum of millions of terms, for which MPS has but float32
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        cumulative = self.priorities.flatten().cumsum(0, dtype=exact)
-        draws = torch.arange(batch_size, device=self.device) + torch.rand(batch_size, device=self.device).to(exact)
+        # float64: a sum of millions of terms, and the highest draw, 1 - 2**-24, must stay below it
+        cumulative = self.priorities.flatten().cumsum(0, dtype=torch.float64)
+        draws = torch.arange(batch_size, device=self.device) + torch.rand(batch_size, device=self.device).double()
         indices = torch.searchsorted(cumulative, draws / batch_size * cumulative[-1], right=True)
         rows, envs = indices // self.num_envs, indices % self.num_envs
 
@@ -515,27 +524,69 @@ class Replay:
         return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()} | {"num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises an error unless the state is of such a replay."""
+        num_steps = list(state["num_steps"])
+        sane = all(type(steps) is int and 0 <= steps < 2**62 for steps in num_steps)
+        if not sane or len(num_steps) != len(self.num_steps):
+            raise ValueError(f"num_steps is {num_steps}")
+        filled = min(max(num_steps), self.rows)
         for name in self.ARRAYS:
-            getattr(self, name)[: len(state[name])] = state[name].to(self.device)
-        self.num_steps = list(state["num_steps"])
+            fill(getattr(self, name)[:filled], state[name])
+        self.num_steps = num_steps
+
+
+def blank_frames(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Zeros, uint8. In main memory they take space as they are written to; ``torch.zeros`` would take it at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    try:
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    except MemoryError:
+        needed = f"{math.prod(shape) / 1e9:.1f} GB"
+        sys.exit(f"error: the replay needs {needed}, more than this process may have (ulimit): lower --buffer-size")
+
+
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that a replay or rollout may take on ``device``.
+
+    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
+    cgroups = Path(root, "proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
+        for level in (folder, *folder.parents):
+            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
+                text = file.read_text().strip() if file.is_file() else "max"
+                limits += [int(text)] if text.isdigit() else []
+    return min(limits) - 1e9  # 1 GB for the program and the games
+
+
+def check_memory(flag: str, needed: float, device: torch.device) -> None:
+    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
+    free = max(free_memory(device), 0)
+    if needed > free:
+        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
 
 
 def find_replay_device(args: Args, device: torch.device) -> torch.device:
-    """The learner's device if the replay fits there, else main memory; ends the program if it fits nowhere."""
-    if args.replay_device not in ("auto", "cpu", device.type):
-        sys.exit(f"error: --replay-device {args.replay_device} is neither cpu nor the learner's device, {device}")
-    place = torch.device("cpu") if args.replay_device == "cpu" else device
+    """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
+
+    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
+    """
+    if args.replay_device == "cuda" and device.type != "cuda":
+        sys.exit(f"error: --replay-device cuda is not for a learner on {device}: leave it out")
+    main_memory = torch.device("cpu")
     needed = args.buffer_size * BYTES_PER_TRANSITION
-    if place.type == "cuda":
-        free = torch.cuda.mem_get_info(place)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
-        if needed > free and args.replay_device == "auto":
-            place = torch.device("cpu")
-    if place.type != "cuda":
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if needed > free:
-        sys.exit(f"error: --buffer-size {args.buffer_size} needs {needed / 1e9:.1f} GB and {place} has"
-                 f" {free / 1e9:.1f} GB: lower it")  # fmt: skip
-    return place
+    check_memory(f"--buffer-size {args.buffer_size}", needed, main_memory)
+    if device.type != "cuda" or args.replay_device == "cpu":
+        return main_memory
+    if args.replay_device == "cuda":
+        check_memory(f"--buffer-size {args.buffer_size}", needed, device)
+    return device if needed <= free_memory(device) else main_memory
 
 
 # ----------------------------------------------------------------------------------------------------- actors
@@ -572,7 +623,7 @@ class Actor:
     step: a resumed run plays other games.
     """
 
-    def __init__(self, args: Args, number: int, precision: str, start: int):
+    def __init__(self, args: Args, number: int, start: int):
         # Ray sends this class, not the script: what the script sets when it starts must be set here too
         cv2.setNumThreads(1)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -581,7 +632,7 @@ class Actor:
         self.numbers = number + args.num_actors * np.arange(args.envs_per_actor)  # every actor explores and exploits
         self.epsilons, self.rng = epsilons(args)[self.numbers], np.random.default_rng([args.seed, number, start])
         self.envs = [Atari(args) for _ in self.numbers]
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[find_precision(precision, torch.device("cpu"))]
+        dtype = getattr(torch, find_precision(args.precision, torch.device("cpu")))
         self.network = QNetwork(int(self.envs[0].action_space.n), dtype)
         self.network.trunk.to(dtype)  # it is never trained: cast once for all steps
         self.observations = np.stack([env.reset(seed=int(self.rng.integers(2**31)))[0] for env in self.envs])
@@ -650,9 +701,9 @@ class Actors:
     An actor that has died is started anew by Ray, elsewhere if its machine is gone, and asked for the same chunks.
     """
 
-    def __init__(self, args: Args, precision: str, start: int):
+    def __init__(self, args: Args, start: int):
         remote_actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Actor)
-        self.actors = [remote_actor.remote(args, number, precision, start) for number in range(args.num_actors)]
+        self.actors = [remote_actor.remote(args, number, start) for number in range(args.num_actors)]
         self.requests = [deque() for _ in self.actors]  # the oldest first
         self.next_steps = [None] * args.num_actors  # the first step that each actor's next chunk should have
 
@@ -734,7 +785,8 @@ class Agent:
     """Q-network, target network and optimizer. On CUDA, ``update`` is captured as a graph."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
+        self.precision = find_precision(args.precision, device)
+        dtype = getattr(torch, self.precision)
         self.q_network = QNetwork(num_actions, dtype).to(device)
         self.target_network = QNetwork(num_actions, dtype).to(device)
         self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
@@ -793,8 +845,31 @@ class Agent:
     def load_state_dict(self, state: dict) -> None:
         self.q_network.load_state_dict(state["q_network"])
         self.target_network.load_state_dict(state["target_network"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on using the file's tensors
-        self.losses.copy_(state["losses"])
+        load_moments(self.optimizer, state["optimizer"])
+        fill(self.losses, state["losses"])
+
+
+def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
+    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
+    if isinstance(ours, dict):
+        if set(ours) != set(saved):
+            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
+        for name, tensor in ours.items():
+            fill(tensor, saved[name])
+    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
+        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
+    else:
+        ours.copy_(saved)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
+    fill(optimizer.state_dict()["state"], saved["state"])
 
 
 class CudaGraph:
@@ -1294,8 +1369,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         except Exception as error:
             refuse(resume, error)
         del checkpoint  # lets go of the file, so that the next checkpoint frees its space
-    # actors on CPUs of other machines may have other instructions than a learner on a GPU
-    actors = Actors(args, args.precision if device.type == "cpu" else "auto", global_step)
+    actors = Actors(args, global_step)
     actors.publish(agent.weights(), updates)
 
     graph = CudaGraph if device.type == "cuda" else lambda function: function

@@ -23,7 +23,6 @@ https://arxiv.org/abs/1707.06887, with the settings of CleanRL.
 """
 
 import atexit
-import copy
 import ctypes
 import difflib
 import math
@@ -77,7 +76,7 @@ class Args:
     torch_deterministic: bool = True
     """make cuDNN choose deterministic algorithms"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ...; auto takes the first of cuda, mps, cpu that is there"""
+    """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """where Weights & Biases records the run; auto: online when logged in, else offline"""
     wandb_project_name: str = "watchrl"
@@ -125,8 +124,8 @@ class Args:
     """learning rate of Adam"""
     buffer_size: int = 1_000_000
     """transitions in the replay (7,062 bytes each: 7.1 GB for a million)"""
-    replay_device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the replay lies; auto: on the learner's device if it fits there, else in main memory"""
+    replay_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the replay lies; auto: beside the learner on CUDA if it fits there, else in main memory"""
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 1
@@ -182,21 +181,32 @@ def check_args(args: Args) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device that ``--device`` means; ends the program if this machine has none such."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [kind for kind, available in here.items() if available]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     try:
         device = torch.device(usable[0] if name == "auto" else name)
     except RuntimeError:
         sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
-    if device.type not in usable or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
         sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
     return device
 
 
 def find_precision(name: str, device: torch.device) -> str:
+    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
     if name == "auto":
         return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
     return name
+
+
+def set_up_torch(args: Args, device: torch.device) -> None:
+    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
 
 def keep_freed_memory() -> None:
@@ -602,7 +612,7 @@ class Replay:
         self.rows, self.num_envs = capacity // num_envs, num_envs
         self.n_step, self.gamma, self.device = n_step, gamma, device
         shape = (self.rows, num_envs)
-        self.frames = torch.zeros(*shape, SIZE, SIZE, dtype=torch.uint8, device=device)
+        self.frames = blank_frames((*shape, SIZE, SIZE), device)
         self.actions = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.rewards = torch.zeros(shape, dtype=torch.float32, device=device)
         self.ends = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -665,28 +675,69 @@ class Replay:
         return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()} | {"num_steps": self.num_steps}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises an error unless the state is of such a replay."""
+        num_steps = state["num_steps"]
+        if type(num_steps) is not int or not 0 <= num_steps < 2**62:
+            raise ValueError(f"num_steps is {num_steps}")
+        filled = min(num_steps, self.rows)
         for name in self.ARRAYS:
-            getattr(self, name)[: len(state[name])] = state[name].to(self.device)
-        self.num_steps = state["num_steps"]
+            fill(getattr(self, name)[:filled], state[name])
+        self.num_steps = num_steps
         self.num_steps_on_device.fill_(self.num_steps)
 
 
-def find_replay_device(args: Args, device: torch.device) -> torch.device:
-    """The learner's device if the replay fits there, else main memory; ends the program if it fits nowhere."""
-    if args.replay_device not in ("auto", "cpu", device.type):
-        sys.exit(f"error: --replay-device {args.replay_device} is neither cpu nor the learner's device, {device}")
-    place = torch.device("cpu") if args.replay_device == "cpu" else device
-    needed = args.buffer_size * BYTES_PER_TRANSITION
-    if place.type == "cuda":
-        free = torch.cuda.mem_get_info(place)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
-        if needed > free and args.replay_device == "auto":
-            place = torch.device("cpu")
-    if place.type != "cuda":
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+def blank_frames(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Zeros, uint8. In main memory they take space as they are written to; ``torch.zeros`` would take it at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    try:
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    except MemoryError:
+        needed = f"{math.prod(shape) / 1e9:.1f} GB"
+        sys.exit(f"error: the replay needs {needed}, more than this process may have (ulimit): lower --buffer-size")
+
+
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that a replay or rollout may take on ``device``.
+
+    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
+    cgroups = Path(root, "proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
+        for level in (folder, *folder.parents):
+            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
+                text = file.read_text().strip() if file.is_file() else "max"
+                limits += [int(text)] if text.isdigit() else []
+    return min(limits) - 1e9  # 1 GB for the program and the games
+
+
+def check_memory(flag: str, needed: float, device: torch.device) -> None:
+    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
+    free = max(free_memory(device), 0)
     if needed > free:
-        sys.exit(f"error: --buffer-size {args.buffer_size} needs {needed / 1e9:.1f} GB and {place} has"
-                 f" {free / 1e9:.1f} GB: lower it")  # fmt: skip
-    return place
+        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
+
+
+def find_replay_device(args: Args, device: torch.device) -> torch.device:
+    """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
+
+    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
+    """
+    if args.replay_device == "cuda" and device.type != "cuda":
+        sys.exit(f"error: --replay-device cuda is not for a learner on {device}: leave it out")
+    main_memory = torch.device("cpu")
+    needed = args.buffer_size * BYTES_PER_TRANSITION
+    check_memory(f"--buffer-size {args.buffer_size}", needed, main_memory)
+    if device.type != "cuda" or args.replay_device == "cpu":
+        return main_memory
+    if args.replay_device == "cuda":
+        check_memory(f"--buffer-size {args.buffer_size}", needed, device)
+    return device if needed <= free_memory(device) else main_memory
 
 
 # ---------------------------------------------------------------------------------------------------- learner
@@ -717,7 +768,8 @@ class Agent:
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         self.num_actions = num_actions
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
+        self.precision = find_precision(args.precision, device)
+        dtype = getattr(torch, self.precision)
         support = torch.linspace(args.v_min, args.v_max, args.n_atoms)
         self.q_network = QNetwork(num_actions, support, dtype).to(device)
         self.target_network = QNetwork(num_actions, support, dtype).to(device)
@@ -790,8 +842,31 @@ class Agent:
     def load_state_dict(self, state: dict) -> None:
         self.q_network.load_state_dict(state["q_network"])
         self.target_network.load_state_dict(state["target_network"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on using the file's tensors
-        self.losses.copy_(state["losses"])
+        load_moments(self.optimizer, state["optimizer"])
+        fill(self.losses, state["losses"])
+
+
+def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
+    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
+    if isinstance(ours, dict):
+        if set(ours) != set(saved):
+            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
+        for name, tensor in ours.items():
+            fill(tensor, saved[name])
+    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
+        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
+    else:
+        ours.copy_(saved)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
+    fill(optimizer.state_dict()["state"], saved["state"])
 
 
 class CudaGraph:

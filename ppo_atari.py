@@ -84,7 +84,7 @@ class Args:
     torch_deterministic: bool = True
     """make cuDNN choose deterministic algorithms"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ...; auto takes the first of cuda, mps, cpu that is there"""
+    """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """where Weights & Biases records the run; auto: online when logged in, else offline"""
     wandb_project_name: str = "watchrl"
@@ -188,21 +188,32 @@ def check_args(args: Args) -> None:
 
 def find_device(name: str) -> torch.device:
     """The device that ``--device`` means; ends the program if this machine has none such."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    usable = [kind for kind, available in here.items() if available]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = [accelerator.type, "cpu"] if accelerator else ["cpu"]
     try:
         device = torch.device(usable[0] if name == "auto" else name)
     except RuntimeError:
         sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
-    if device.type not in usable or (device.index or 0) >= max(torch.cuda.device_count(), 1):
+    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
         sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
     return device
 
 
 def find_precision(name: str, device: torch.device) -> str:
+    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
     if name == "auto":
         return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
     return name
+
+
+def set_up_torch(args: Args, device: torch.device) -> None:
+    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
 
 def keep_freed_memory() -> None:
@@ -661,6 +672,32 @@ class ActorCritic(nn.Module):
 # ---------------------------------------------------------------------------------------------------- rollout
 
 
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that a replay or rollout may take on ``device``.
+
+    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
+    cgroups = Path(root, "proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
+        for level in (folder, *folder.parents):
+            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
+                text = file.read_text().strip() if file.is_file() else "max"
+                limits += [int(text)] if text.isdigit() else []
+    return min(limits) - 1e9  # 1 GB for the program and the games
+
+
+def check_memory(flag: str, needed: float, device: torch.device) -> None:
+    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
+    free = max(free_memory(device), 0)
+    if needed > free:
+        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
+
+
 class Minibatch(NamedTuple):
     blocks: torch.Tensor  # uint8 [size, 64, 21, 21]
     actions: torch.Tensor  # int64 [size]
@@ -677,6 +714,7 @@ class Rollout:
     """
 
     def __init__(self, num_steps: int, num_envs: int, gamma: float, gae_lambda: float, device: torch.device):
+        check_memory(f"--num-steps {num_steps}", num_steps * num_envs * STACK * SIZE**2, device)
         self.gamma, self.gae_lambda = gamma, gae_lambda
         shape, longer = (num_steps, num_envs), (num_steps + 1, num_envs)
         height, channels = SIZE // BLOCK, STACK * BLOCK**2
@@ -747,7 +785,8 @@ class Agent:
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         self.args = args
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.precision]
+        self.precision = find_precision(args.precision, device)
+        dtype = getattr(torch, self.precision)
         self.network = ActorCritic(num_actions, dtype).to(device)
         self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a graph would keep a number as it is
         options = {"fused": True, "capturable": device.type == "cuda"} if device.type != "mps" else {}
@@ -833,9 +872,31 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on using the file's tensors
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate
-        self.losses.copy_(state["losses"])
+        load_moments(self.optimizer, state["optimizer"])
+        fill(self.losses, state["losses"])
+
+
+def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
+    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
+    if isinstance(ours, dict):
+        if set(ours) != set(saved):
+            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
+        for name, tensor in ours.items():
+            fill(tensor, saved[name])
+    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
+        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
+    else:
+        ours.copy_(saved)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
+    fill(optimizer.state_dict()["state"], saved["state"])
 
 
 class CudaGraph:
@@ -1403,12 +1464,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     # on a CPU the processes that run the games choose the actions too; elsewhere torch does not survive a fork
     in_processes = device.type == "cpu" and sys.platform == "linux"
     vectors = None if in_processes else [AtariVector(half) for half in halve(share)]
-    torch.manual_seed(args.seed + RANK)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
+    set_up_torch(replace(args, seed=args.seed + RANK), device)
 
     agent = Agent(args, int(Atari(args).action_space.n), device)
     rollout = Rollout(args.num_steps, share.num_envs, args.gamma, args.gae_lambda, device)

@@ -134,7 +134,7 @@ def test_replay_of_actors_equals_full_transitions(scripted, n_step):
     rows = 3 * CHUNK + 17
     args = make_args(num_actors=2, buffer_size=4 * rows, n_step=n_step, gamma=0.9, prioritized_replay_alpha=0.0)
     weights = make_agent(3).weights()
-    actors = [Actor(args, number, "float32", 0) for number in range(2)]
+    actors = [Actor(args, number, 0) for number in range(2)]
     replay, next_steps = Replay(args, CPU), [None, None]
     stored = [[[] for _ in range(2)] for _ in range(2)]  # of each environment of each actor: tag, first step of its run
     runs = [0, 0]
@@ -145,7 +145,7 @@ def test_replay_of_actors_equals_full_transitions(scripted, n_step):
             if what == "lose":
                 actors[int(number)].play(weights, 0)
             else:
-                actors[int(number)] = Actor(args, int(number), "float32", 0)
+                actors[int(number)] = Actor(args, int(number), 0)
             continue
         chunk = actors[event].play(weights, 0)
         follows = chunk["first_step"] == next_steps[event]
@@ -184,7 +184,7 @@ def test_actor_computes_priorities_from_its_q_values(scripted):
     """|G + gamma^n max Q(s', a) - Q(s, a)| with the network that it acted with, across a chunk's border."""
     args = make_args(n_step=3, gamma=0.9, prioritized_replay_alpha=0.6)
     agent = make_agent(3)
-    actor = Actor(args, 0, "float32", 0)
+    actor = Actor(args, 0, 0)
     actor.play(agent.weights(), 0)
     chunk = actor.play(agent.weights(), 0)
     assert chunk["priorities"].shape == (CHUNK, 2) and chunk["priorities"].dtype == np.float32
@@ -211,7 +211,7 @@ def test_actor_takes_the_weights_it_is_given(scripted):
     args, first, second = make_args(), make_agent(3), make_agent(3)
     with torch.no_grad():
         second.q_network.advantage.bias += torch.tensor([0.0, 100.0, 0.0])
-    actor = Actor(args, 0, "float32", 0)
+    actor = Actor(args, 0, 0)
     actor.epsilons[:] = 0
     actor.play(second.weights(), 3)
     actor.play(first.weights(), 3)
@@ -229,12 +229,12 @@ def test_each_environment_explores_with_its_epsilon(scripted):
     expected = [0.4 ** (1 + 7 * i / 11) for i in range(12)]
     assert epsilons(args).tolist() == pytest.approx(expected)
     assert epsilons(make_args(envs_per_actor=1)).tolist() == pytest.approx([0.4])
-    numbers = np.stack([Actor(args, number, "float32", 0).numbers for number in range(3)])
+    numbers = np.stack([Actor(args, number, 0).numbers for number in range(3)])
     assert sorted(numbers.flatten().tolist()) == list(range(12)) and numbers[:, 0].tolist() == [0, 1, 2]
     agent = make_agent(3)
     with torch.no_grad():
         agent.q_network.advantage.bias += torch.tensor([0.0, 100.0, 0.0])
-    actor = Actor(make_args(envs_per_actor=4), 0, "float32", 0)
+    actor = Actor(make_args(envs_per_actor=4), 0, 0)
     actor.epsilons[:] = 0.0, 0.3, 0.6, 1.0
     actions = np.concatenate([actor.play(agent.weights(), 0)["actions"].copy() for _ in range(8)])[CHUNK:]
     greedy = (actions == 1).mean(0)
@@ -244,7 +244,7 @@ def test_each_environment_explores_with_its_epsilon(scripted):
 
 def test_games_carry_the_number_of_their_environment(scripted):
     args = make_args(num_actors=2, envs_per_actor=3)
-    actor = Actor(args, 1, "float32", 0)
+    actor = Actor(args, 1, 0)
     games = [game for _ in range(4) for game in actor.play(make_agent(3).weights(), 0)["games"]]
     assert {game["env"] for game in games} == {1, 3, 5}
 
@@ -340,10 +340,58 @@ def test_draws_at_the_edge_of_a_share_are_of_the_next(monkeypatch):
     assert filled_replay(torch.tensor([[0.0], [1.0], [0.0], [1.0]])).sample(2).indices.tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("batch_size", [1, 32, 512])
+def test_highest_draw_is_not_past_the_end(monkeypatch, batch_size):
+    """1 - 2**-24 is the highest random number; what lies at the end with priority 0 is not drawn either."""
+    priorities = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0)) ** 4
+    priorities[990:] = 0
+    monkeypatch.setattr(torch, "rand", lambda size, **options: torch.full((size,), 1 - 2**-24))
+    indices = filled_replay(priorities).sample(batch_size).indices
+    assert indices[-1] == 990 * 4 - 1
+    assert (priorities.flatten()[indices] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "num_steps", [None, 2 * CHUNK, [], [2 * CHUNK, 0], [CHUNK], [3 * CHUNK], [-1], [2.0 * CHUNK], ["many"], [2**70]]
+)
+def test_counters_that_are_not_of_the_arrays_are_refused(num_steps):
+    args = make_args(buffer_size=2 * 4 * CHUNK)
+    replay = Replay(args, CPU)
+    replay.num_steps = [2 * CHUNK]
+    state = replay.state_dict()
+    Replay(args, CPU).load_state_dict(state)
+    with pytest.raises((TypeError, ValueError)):
+        Replay(args, CPU).load_state_dict(state | {"num_steps": num_steps})
+
+
+@pytest.mark.parametrize("name", Replay.ARRAYS)
+def test_array_of_another_kind_is_refused(name):
+    args = make_args(buffer_size=2 * 4 * CHUNK)
+    replay = Replay(args, CPU)
+    replay.num_steps = [2 * CHUNK]
+    state = replay.state_dict()
+    for spoiled in (state[name][:, :1], state[name][:1], state[name].double(), state[name].tolist()):
+        with pytest.raises(ValueError):
+            Replay(args, CPU).load_state_dict(state | {name: spoiled})
+    del state[name]
+    with pytest.raises(KeyError):
+        Replay(args, CPU).load_state_dict(state)
+
+
+def test_actors_find_their_own_precision(monkeypatch):
+    """A flag holds for them too; auto means what the CPU can do that an actor runs on."""
+    for found in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found)
+        for precision in ("float32", "bfloat16", "auto"):
+            expected = precision if precision != "auto" else "bfloat16" if found else "float32"
+            actor = Actor(make_args(envs_per_actor=1, precision=precision), 0, 0)
+            assert actor.network.dtype == actor.network.trunk[0].weight.dtype == getattr(torch, expected)
+
+
 def test_replay_survives_a_checkpoint(scripted, tmp_path):
     """With its priorities: a restored replay draws the same; the next chunk does not follow, and is stored behind."""
     args = make_args(buffer_size=2 * (2 * CHUNK + 20))
-    actor, replay, other = Actor(args, 0, "float32", 0), Replay(args, CPU), Replay(args, CPU)
+    actor, replay, other = Actor(args, 0, 0), Replay(args, CPU), Replay(args, CPU)
     weights = make_agent(3).weights()
     for chunks in range(1, 5):
         replay.add(0, actor.play(weights, 0), chunks > 1)
@@ -426,7 +474,7 @@ def test_update_is_the_formula(max_grad_norm):
     td_errors = agent.update(observations, actions, returns, next_observations, discounts, weights)
     np.testing.assert_allclose(td_errors.numpy(), expected_errors, atol=1e-5)
     assert agent.losses[0].item() == pytest.approx(loss.item(), rel=1e-4)
-    assert agent.mean_losses()["losses/priorities"] == pytest.approx(np.abs(expected_errors).mean(), rel=1e-4)
+    assert agent.mean_losses()["losses/abs_td_error"] == pytest.approx(np.abs(expected_errors).mean(), rel=1e-4)
     norm = sum(parameter.grad.square().sum() for parameter in network.parameters()).sqrt().item()
     assert (norm > max_grad_norm) == (max_grad_norm < 1)
     for old, ours, theirs in zip(before.parameters(), agent.q_network.parameters(), network.parameters()):
@@ -488,7 +536,7 @@ def test_update_converges_to_value_iteration(scripted, monkeypatch, precision):
     args = make_args(gamma=gamma, n_step=1, buffer_size=3000, epsilon_base=1.0, learning_rate=3e-4)
     args.precision = precision
     torch.manual_seed(0)
-    agent, actor, replay = Agent(args, 2, CPU), Actor(args, 0, precision, 0), Replay(args, CPU)
+    agent, actor, replay = Agent(args, 2, CPU), Actor(args, 0, 0), Replay(args, CPU)
     for chunk in range(20):
         replay.add(0, actor.play(agent.weights(), 0), chunk > 0)
     # a stack shows where the walk came from: like the frames before an episode's start, that is no part of the state
@@ -537,8 +585,8 @@ class ActorHere:
 
     events = []
 
-    def __init__(self, args, precision, start):
-        self.actor, self.args = Actor(args, 0, precision, start), args
+    def __init__(self, args, start):
+        self.actor, self.args = Actor(args, 0, start), args
 
     def publish(self, weights, updates):
         self.weights, self.updates = copy.deepcopy(weights), updates
@@ -613,7 +661,7 @@ def test_chunk_follows_the_one_before_or_not(monkeypatch):
     monkeypatch.setattr(apex_dqn_atari.ray, "put", lambda weights: put.append(weights) or weights)
     monkeypatch.setattr(apex_dqn_atari.ray, "wait", lambda references, **options: (references, []))
     monkeypatch.setattr(apex_dqn_atari.ray, "get", get)
-    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    actors = apex_dqn_atari.Actors(make_args(), 0)
     actors.publish("weights", 7)
     assert put == ["weights"] and len(actors.requests[0]) == apex_dqn_atari.REQUESTS
     received = [item for _ in answers for item in actors.receive(patience=0)]

@@ -140,7 +140,7 @@ def test_charts_tell_greediest_from_explorers(tmp_path):
     names = {"updates_per_second", "replay_size", "weights_age", "actors_waiting", "learning_rate"}
     assert all({f"charts/{name}" for name in names} <= set(item) for item in logged)
     assert [item["charts/replay_size"] for item in logged] == [min(item["global_step"], 1000) for item in logged]
-    assert "losses/priorities" in logged[-1] and logged[-1]["charts/updates_per_second"] > 0
+    assert "losses/abs_td_error" in logged[-1] and logged[-1]["charts/updates_per_second"] > 0
 
 
 @pytest.fixture

@@ -116,6 +116,11 @@ def test_advantages_with_both_kinds_of_endings(gamma, gae_lambda):
     np.testing.assert_allclose(rollout.returns.numpy(), expected + values[:-1], rtol=0, atol=1e-5)
 
 
+def test_rollout_larger_than_memory_is_refused():
+    with pytest.raises(SystemExit, match=r"error: --num-steps 1000000000 needs 225792.0 GB and cpu has .* GB for it"):
+        Rollout(10**9, 8, 0.99, 0.95, CPU)
+
+
 def test_minibatch_has_the_steps_of_its_indices():
     """... with blocks in the memory format that the first convolution wants."""
     rollout = Rollout(5, 3, 0.99, 0.95, CPU)

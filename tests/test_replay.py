@@ -1,13 +1,21 @@
 """The single-frame replay against a naive list of full transitions."""
 
+import resource
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from helpers import Naive
+from helpers import Naive, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dqn_atari import HISTORY, SIZE, Replay
+import dqn_atari
+from dqn_atari import HISTORY, SIZE, Args, Replay, find_replay_device, free_memory
 
 CPU = torch.device("cpu")
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 @pytest.mark.parametrize("num_envs", [1, 5])
@@ -97,3 +105,166 @@ def test_state_survives_a_checkpoint(tmp_path):
         first = replay.sample(32)
         torch.manual_seed(2)
         assert all(torch.equal(a, b) for a, b in zip(first, other.sample(32)))
+
+
+def stored(rows: int, steps: int) -> Replay:
+    """A replay of two environments with random steps."""
+    replay, generator = Replay(2 * rows, 2, 1, 0.99, CPU), torch.Generator().manual_seed(0)
+    for step in range(steps):
+        frames = torch.randint(1, 256, (2, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+        replay.add(frames, torch.full((2,), step % 4), torch.ones(2), torch.zeros(2) > 0, torch.zeros(2) > 0)
+    return replay
+
+
+@pytest.mark.parametrize("num_steps", [-1, -21, 19, 21, 30, 10**6, 2**70, 20.0, "20", None, [20]])
+def test_counter_that_is_not_of_the_arrays_is_refused(num_steps):
+    state = stored(30, 20).state_dict()
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        Replay(60, 2, 1, 0.99, CPU).load_state_dict(state | {"num_steps": num_steps})
+
+
+def test_counter_beyond_all_numbers_is_refused():
+    state = stored(10, 20).state_dict()
+    Replay(20, 2, 1, 0.99, CPU).load_state_dict(state)
+    with pytest.raises(ValueError):
+        Replay(20, 2, 1, 0.99, CPU).load_state_dict(state | {"num_steps": 2**70})
+
+
+@pytest.mark.parametrize(
+    "name, spoil",
+    [
+        ("frames", lambda array: array[:, :1]),  # these would be broadcast
+        ("frames", lambda array: array[:, :, :1]),
+        ("rewards", lambda array: array[:1]),
+        ("ends", lambda array: array[0]),
+        ("actions", lambda array: array.long()),
+        ("rewards", lambda array: array.double()),
+        ("rewards", lambda array: array.tolist()),
+        ("ends", lambda array: torch.cat([array, array])),
+        ("frames", lambda array: None),
+    ],
+)
+def test_array_of_another_kind_is_refused(name, spoil):
+    state = stored(30, 20).state_dict()
+    with pytest.raises(ValueError):
+        Replay(60, 2, 1, 0.99, CPU).load_state_dict(state | {name: spoil(state[name])})
+    del state[name]
+    with pytest.raises(KeyError):
+        Replay(60, 2, 1, 0.99, CPU).load_state_dict(state)
+
+
+def test_state_of_a_longer_replay_is_refused():
+    with pytest.raises(ValueError):
+        Replay(60, 2, 1, 0.99, CPU).load_state_dict(stored(40, 40).state_dict())
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most bytes that a tensor made meanwhile has."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known:
+                self.nbytes = max(self.nbytes, x.nbytes)
+        return result
+
+
+def test_loading_makes_no_second_copy():
+    """Not on another device either (meta stands for one): the file is read into the arrays."""
+    state = stored(30, 20).state_dict()
+    for device in (CPU, torch.device("meta")):
+        replay = Replay(60, 2, 1, 0.99, device)
+        with LargestTensor() as largest:
+            replay.load_state_dict(state)
+        assert largest.nbytes < 100
+
+
+@on_linux
+def test_memory_is_taken_as_it_is_filled():
+    """Of a replay of 700 MB, hardly any at first; its frames are zeros all the same."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    replay = Replay(100_000, 10, 1, 0.99, CPU)
+    assert resident() - before < 50e6
+    for _ in range(2000):
+        replay.add(torch.ones(10, SIZE, SIZE), *torch.zeros(4, 10).bool())
+    assert 141e6 < resident() - before < 250e6
+    assert not replay.frames[2000:2100].any() and not replay.frames[-100:].any()
+
+
+@on_linux
+def test_limit_of_the_shell_is_told_in_one_sentence(tmp_path):
+    """With ``ulimit -d`` the memory is there, and this process cannot have it."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))  # noqa: E731
+    flags = "--env-id Pong --num-envs 1 --num-workers 0 --wandb-mode disabled --buffer-size 320000"
+    result = run(tmp_path, flags, preexec_fn=limit)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: the replay needs 2.3 GB, more than this process may have (ulimit): lower --buffer-size\n"
+    )
+
+
+LIMIT, NONE = "1500000000\n", "9223372036854771712\n"
+V1 = "12:cpu,cpuacct:/docker/4f\n4:memory:/docker/4f\n0::/\n"
+
+
+@pytest.mark.parametrize(
+    "cgroups, files, limited",
+    [
+        ("0::/\n", {"memory.max": LIMIT}, True),  # a container of its own, version 2
+        ("0::/user/job\n", {"user/job/memory.max": LIMIT}, True),
+        ("0::/user/job\n", {"user/job/memory.max": "max\n", "user/memory.max": LIMIT}, True),
+        ("0::/user/job\n", {"user/job/memory.max": LIMIT, "user/memory.max": "99000000000\n"}, True),
+        ("0::/user/job\n", {"user/job/memory.max": "max\n", "user/other/memory.max": LIMIT}, False),
+        (V1, {"memory/docker/4f/memory.limit_in_bytes": LIMIT, "memory/memory.limit_in_bytes": NONE}, True),
+        (V1, {"memory/memory.limit_in_bytes": LIMIT}, True),  # a container's own is mounted at the top
+        (V1, {"memory/docker/4f/memory.limit_in_bytes": NONE}, False),
+        (None, {}, False),  # another system
+    ],
+)
+def test_limit_of_a_container_counts(tmp_path, cgroups, files, limited):
+    machine = free_memory(CPU, str(tmp_path))
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in (files | ({"proc/self/cgroup": cgroups} if cgroups else {})).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(CPU, str(tmp_path)) == (0.5e9 if limited else machine)
+    assert machine > 0.5e9
+
+
+@pytest.mark.parametrize(
+    "device, replay_device, on_gpu, in_main_memory, expected",
+    [
+        ("cpu", "auto", 0, 8, "cpu"),
+        ("cuda", "auto", 8, 8, "cuda"),
+        ("cuda:1", "cuda", 8, 8, "cuda:1"),
+        ("cuda", "cpu", 8, 8, "cpu"),
+        ("cuda", "auto", 6, 8, "cpu"),
+        ("mps", "auto", 0, 8, "cpu"),
+        ("mps", "cpu", 0, 8, "cpu"),
+        ("cuda", "cuda", 6, 8, "error: --buffer-size 1000000 needs 7.1 GB and cuda has 6.0 GB for it: lower it"),
+        ("cuda", "auto", 8, 6, "error: --buffer-size 1000000 needs 7.1 GB and cpu has 6.0 GB for it: lower it"),
+        ("cpu", "auto", 0, -1, "error: --buffer-size 1000000 needs 7.1 GB and cpu has 0.0 GB for it: lower it"),
+        ("cpu", "cuda", 8, 8, "error: --replay-device cuda is not for a learner on cpu: leave it out"),
+        ("mps", "cuda", 8, 8, "error: --replay-device cuda is not for a learner on mps: leave it out"),
+    ],
+)
+def test_replay_goes_where_it_fits(monkeypatch, device, replay_device, on_gpu, in_main_memory, expected):
+    """On the GPU only if it fits into main memory as well, through which every checkpoint goes."""
+    gigabytes = {"cpu": in_main_memory, "cuda": on_gpu}
+    monkeypatch.setattr(dqn_atari, "free_memory", lambda device: 1e9 * gigabytes[device.type])
+    args = Args(replay_device=replay_device)
+    if expected.startswith("error"):
+        with pytest.raises(SystemExit) as error:
+            find_replay_device(args, torch.device(device))
+        assert error.value.code == expected
+    else:
+        assert find_replay_device(args, torch.device(device)) == torch.device(expected)

@@ -20,7 +20,7 @@ import torch
 from common import ROOT, median_ratio, play_rounds, print_machine, print_table, script_metrics
 
 sys.path.insert(0, str(ROOT))
-from apex_dqn_atari import CHUNK, Actor, Agent, Args, Replay, find_precision  # noqa: E402
+from apex_dqn_atari import CHUNK, Actor, Agent, Args, Replay  # noqa: E402
 
 FIRST_STEP = 4000  # those before it are left out
 SMALL = "--buffer-size 50000 --batch-size"
@@ -29,7 +29,7 @@ SMALL = "--buffer-size 50000 --batch-size"
 def play_alone(args: Args, number: int, chunks: int, ready, results) -> None:
     """Body of a process: ``chunks`` chunks of one actor, and how long they took."""
     torch.set_num_threads(1)
-    actor, weights = Actor(args, number, "auto", 0), Agent(args, 4, torch.device("cpu")).weights()
+    actor, weights = Actor(args, number, 0), Agent(args, 4, torch.device("cpu")).weights()
     actor.play(weights, 0)
     ready.wait()
     started = time.perf_counter()
@@ -40,7 +40,7 @@ def play_alone(args: Args, number: int, chunks: int, ready, results) -> None:
 
 def alone(num_actors: int, envs_per_actor: int, steps: int) -> float:
     """The sum of the actors' rates, so that one that ends early is not counted as idle."""
-    args = Args(env_id="Breakout", num_actors=num_actors, envs_per_actor=envs_per_actor, precision="float32")
+    args = Args(env_id="Breakout", num_actors=num_actors, envs_per_actor=envs_per_actor)
     chunks = max(steps // num_actors // envs_per_actor // CHUNK, 1)
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(num_actors), context.Queue()
@@ -79,8 +79,7 @@ def print_parts(envs_per_actor: int) -> None:
     cpu = torch.device("cpu")
     torch.set_num_threads(1)
     args = Args(env_id="Breakout", num_actors=1, envs_per_actor=envs_per_actor, buffer_size=100_000)
-    args.precision = find_precision("auto", cpu)
-    agent, actor, replay = Agent(args, 4, cpu), Actor(args, 0, "auto", 0), Replay(args, cpu)
+    agent, actor, replay = Agent(args, 4, cpu), Actor(args, 0, 0), Replay(args, cpu)
     weights, chunk = agent.weights(), None
     for i in range(40):
         chunk = actor.play(weights, 0)

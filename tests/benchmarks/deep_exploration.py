@@ -69,7 +69,6 @@ def play(prior_scale: float | None, num_states: int, num_games: int, seed: int) 
     if bootstrapped:
         script, flags = bootstrapped_dqn_atari, {"prior_scale": prior_scale}
     args = script.Args(learning_rate=5e-4, **flags)
-    args.precision = script.find_precision("auto", CPU)
     agent = script.Agent(args, 2, CPU)
     masks = (args.num_heads, args.mask_probability) if bootstrapped else ()
     replay = script.Replay((num_games + NUM_ENVS) * chain.num_steps, NUM_ENVS, N_STEP, GAMMA, CPU, *masks)

@@ -42,7 +42,6 @@ class Player:
 
     def __init__(self, saliency: str, full_action_space: bool):
         args = Args(env_id="Breakout", full_action_space=full_action_space, saliency=saliency)
-        args.precision = dqn_atari_visual.find_precision("auto", CPU)
         self.overlay = Overlay(Atari(args), "dqn_atari_visual \u2022 trained 1,250,000 steps", args)
         self.overlay.reset(seed=1)
         self.agent = Agent(args, int(self.overlay.action_space.n), CPU)
@@ -111,7 +110,6 @@ def record(steps: int, saliency: str) -> None:
     """Prints the peak of this process's memory in MB and the pictures in the video of a game of so many steps."""
     torch.set_num_threads(1)
     args = Args(env_id="ElevatorAction", eval_episodes=1, eval_epsilon=1.0, episodic_life=False, saliency=saliency)
-    args.precision = dqn_atari_visual.find_precision("auto", CPU)
     args.max_episode_frames, args.video_length = 4 * steps + 40, steps  # 40: the idle frames at the start
     agent = Agent(args, int(Atari(args).action_space.n), CPU)
     with tempfile.TemporaryDirectory() as folder:
