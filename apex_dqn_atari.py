@@ -1342,13 +1342,8 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     keep_freed_memory()
     start_ray(args)
     lock(run_dir)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
-    elif args.ray_address == "local":  # leave their cores to the actors
+    set_up_torch(args, device)
+    if device.type != "cuda" and args.ray_address == "local":  # leave their cores to the actors
         torch.set_num_threads(max(torch.get_num_threads() - args.num_actors, 1))
     torch.set_flush_denormal(True)  # RMSProp's averages of gradients that have stopped fade into slow tiny numbers
 

@@ -34,7 +34,7 @@ OWN = {
     " Replay.load_state_dict Agent.__init__ Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render"
     " train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Args.max_grad_norm"
-    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace model evaluate train main",
+    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace model evaluate train play main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}
