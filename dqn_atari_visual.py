@@ -275,6 +275,8 @@ class Atari(gym.Wrapper):
         self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
         self.game_ended, self.lives = True, 0
+        self.recording = False
+        self.colors = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)
         self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -286,6 +288,7 @@ class Atari(gym.Wrapper):
                 if self.ale.game_over(with_truncation=False):
                     self.env.reset()
             self.ale.getScreenGrayscale(self.screens[0])
+            self.colors[:] = self.ale.getScreenRGB()
             self.screens[1] = 0
             self.game_ended, self.lives = False, self.ale.lives()
             self.episode_return, self.episode_length = 0.0, 0
@@ -321,6 +324,9 @@ class Atari(gym.Wrapper):
         reward = 0.0
         for frame in range(FRAME_SKIP):
             reward += self.ale.act(self.emulator_actions[action])
+            if self.recording:
+                self.colors[0] = self.colors[1]
+                self.ale.getScreenRGB(self.colors[1])
             self.game_ended = self.ale.game_over(with_truncation=False)
             if self.game_ended:
                 break
@@ -330,6 +336,10 @@ class Atari(gym.Wrapper):
         self.episode_length += 1
         self._push_frame()
         return reward
+
+    def screen(self) -> np.ndarray:
+        """The last two emulator frames as one, RGB; the last alone unless ``recording``."""
+        return self.colors.max(0) if self.recording else self.ale.getScreenRGB()
 
     def _push_frame(self) -> None:
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
@@ -828,6 +838,11 @@ def blur_and_masks(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tens
 
 
 SALIENCY = {"gradient": gradient_saliency, "perturbation": perturbation_saliency}
+
+
+def say(text: str, file=None) -> None:
+    tqdm.write(text, file=file)
+
 
 # -------------------------------------------------------------------------------------- overlay and recorder
 

@@ -282,6 +282,8 @@ class Atari(gym.Wrapper):
         self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
         self.game_ended, self.lives = True, 0
+        self.recording = False
+        self.colors = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)
         self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -293,6 +295,7 @@ class Atari(gym.Wrapper):
                 if self.ale.game_over(with_truncation=False):
                     self.env.reset()
             self.ale.getScreenGrayscale(self.screens[0])
+            self.colors[:] = self.ale.getScreenRGB()
             self.screens[1] = 0
             self.game_ended, self.lives = False, self.ale.lives()
             self.episode_return, self.episode_length = 0.0, 0
@@ -328,6 +331,9 @@ class Atari(gym.Wrapper):
         reward = 0.0
         for frame in range(FRAME_SKIP):
             reward += self.ale.act(self.emulator_actions[action])
+            if self.recording:
+                self.colors[0] = self.colors[1]
+                self.ale.getScreenRGB(self.colors[1])
             self.game_ended = self.ale.game_over(with_truncation=False)
             if self.game_ended:
                 break
@@ -337,6 +343,10 @@ class Atari(gym.Wrapper):
         self.episode_length += 1
         self._push_frame()
         return reward
+
+    def screen(self) -> np.ndarray:
+        """The last two emulator frames as one, RGB; the last alone unless ``recording``."""
+        return self.colors.max(0) if self.recording else self.ale.getScreenRGB()
 
     def _push_frame(self) -> None:
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
@@ -957,6 +967,10 @@ class Players(AtariVector):
         """Plays an iteration into the rollout; returns the games that ended, in their order in time."""
         self._send("play", [None] * self.num_envs)
         return sorted(self._recv(), key=lambda game: game["step"])
+
+
+def say(text: str, file=None) -> None:
+    tqdm.write(text, file=file)
 
 
 # -------------------------------------------------------------------------------------- overlay and recorder
