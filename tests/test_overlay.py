@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import read_video
+from helpers import drawn_texts, read_video
 
 import dqn_atari
 from dqn_atari import (
@@ -38,15 +38,6 @@ def make_overlay(num_actions: int) -> Overlay:
     env.reset(seed=1)
     assert env.action_space.n == num_actions
     return env
-
-
-def drawn_texts(env, monkeypatch) -> list[str]:
-    """All that ``render`` writes on the picture."""
-    texts = []
-    with monkeypatch.context() as patch:
-        patch.setattr(env, "text", lambda text, x, *rest, **more: texts.append(text) or x)
-        env.render()
-    return texts
 
 
 def bars(picture: np.ndarray, num_actions: int) -> list[tuple[int, tuple]]:
