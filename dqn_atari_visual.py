@@ -7,7 +7,8 @@
 #   "wandb>=0.31",
 #   "numpy>=2.0",
 #   "opencv-python-headless>=5.0",
-#   "moviepy>=2.2",
+#   "imageio-ffmpeg>=0.5",
+#   "pillow>=10",
 #   "tyro>=1.0",
 #   "tqdm>=4.66",
 # ]
