@@ -7,7 +7,8 @@
 #   "wandb>=0.31",
 #   "numpy>=2.0",
 #   "opencv-python-headless>=5.0",
-#   "moviepy>=2.2",
+#   "imageio-ffmpeg>=0.5",
+#   "pillow>=10",
 #   "tyro>=1.0",
 #   "tqdm>=4.66",
 # ]
@@ -31,6 +32,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -292,6 +294,8 @@ class Atari(gym.Wrapper):
         self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
         self.game_ended, self.lives = True, 0
+        self.recording = False
+        self.colors = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)
         self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -303,6 +307,7 @@ class Atari(gym.Wrapper):
                 if self.ale.game_over(with_truncation=False):
                     self.env.reset()
             self.ale.getScreenGrayscale(self.screens[0])
+            self.colors[:] = self.ale.getScreenRGB()
             self.screens[1] = 0
             self.game_ended, self.lives = False, self.ale.lives()
             self.episode_return, self.episode_length = 0.0, 0
@@ -338,6 +343,9 @@ class Atari(gym.Wrapper):
         reward = 0.0
         for frame in range(FRAME_SKIP):
             reward += self.ale.act(self.emulator_actions[action])
+            if self.recording:
+                self.colors[0] = self.colors[1]
+                self.ale.getScreenRGB(self.colors[1])
             self.game_ended = self.ale.game_over(with_truncation=False)
             if self.game_ended:
                 break
@@ -347,6 +355,10 @@ class Atari(gym.Wrapper):
         self.episode_length += 1
         self._push_frame()
         return reward
+
+    def screen(self) -> np.ndarray:
+        """The last two emulator frames as one, RGB; the last alone unless ``recording``."""
+        return self.colors.max(0) if self.recording else self.ale.getScreenRGB()
 
     def _push_frame(self) -> None:
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
@@ -911,24 +923,51 @@ def blur_and_masks(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tens
 
 SALIENCY = {"gradient": gradient_saliency, "perturbation": perturbation_saliency}
 
+
+def say(text: str, file=None) -> None:
+    tqdm.write(text, file=file)
+
+
 # -------------------------------------------------------------------------------------- overlay and recorder
 
-GROUND, QUIET, GRID, BAR = (18, 19, 23), (139, 143, 151), (52, 55, 62), (86, 110, 142)
-GREEDY, CHOSEN, TEXT = (80, 176, 240), (255, 196, 92), (236, 237, 240)
-GAIN, LOSS = (112, 200, 104), (232, 92, 92)
-LIFE, HEAT = (188, 140, 250), (255, 40, 130)  # a lost life, the saliency map
-FONT = cv2.FontFace("sans")
+GROUND = (18, 19, 23)
+TEXT = (236, 237, 240)
+QUIET = (139, 143, 151)  # words that stand back
+GRID = (52, 55, 62)
+BAR = (86, 110, 142)
+GREEDY = (80, 176, 240)  # the action that the network prefers
+CHOSEN = (255, 196, 92)  # the action taken
+GAIN = (112, 200, 104)  # a reward
+LOSS = (232, 92, 92)  # a penalty
+LIFE = (188, 140, 250)  # a lost life
+HEAT = (255, 40, 130)  # the saliency map
 TRACE_STEPS = 150  # 10 seconds of play
+TRACE_SPAN = 0.01  # the least that a trace spans, so that noise does not fill it
+BAR_SPAN = 1e-5  # the least that a full bar stands for: below lie rounding errors
+if not hasattr(cv2, "FontFace"):  # OpenCV 4 was installed over OpenCV 5
+    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: pip uninstall opencv-python,"
+             " then pip install --force-reinstall --no-deps opencv-python-headless")  # fmt: skip
+FONT = cv2.FontFace("sans")
 
 
 def number(value: float) -> str:
-    """At most 8 characters: 2.413, -1,250.5, 3.2e+30, nan."""
-    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e4 else f"{value:.2g}"
+    """The most exact of four forms that has at most 8 characters: 2.413, -1,250.5, 123,457, 3.2e+30; nan, inf."""
+    value = round(value, 3) + 0.0  # no -0.000
+    for form in (",.3f", ",.1f", ",.0f", ".2g"):
+        text = format(value, form)
+        if len(text) <= 8:
+            break
+    return text
 
 
-def finite_range(values: np.ndarray) -> tuple[float, float]:
+def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
+    """The lowest finite value and the highest, or what is ``least`` above the lowest if that is more.
+
+    ``least`` is a share of the largest value if that is above 1.
+    """
     finite = values[np.isfinite(values)]
-    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return low, max(high, low + least * max(1.0, abs(low), abs(high)))
 
 
 class Box(NamedTuple):
@@ -1227,36 +1266,62 @@ class Recorder:
     """Streams pictures into an mp4 file, 15 a second; a failure is reported once and never ends a run."""
 
     def __init__(self, path: Path, length: int):
-        self.path, self.length, self.count, self.writer, self.still = path, length, 0, None, None
+        self.path = path
+        self.length = length  # most pictures
+        self.count = 0  # pictures written
+        self.still = None  # one of the last of them
+        self.ffmpeg = None
+
+    @property
+    def active(self) -> bool:
+        return self.count < self.length
 
     def write(self, env: Overlay) -> None:
-        """Adds one picture of ``env``, unless the video has its full length or has failed."""
-        if self.count >= self.length:
+        """Adds one picture of ``env``, unless the video is closed, has failed or has its full length."""
+        if not self.active:
             return
+        if self.count + 1 == self.length and not env.env.game_ended:
+            env.notice = "the video is cut here"
+            say(f"{self.path} is cut after {self.length:,} steps, the game goes on: see more with --video-length")
         picture = env.render()
         try:
-            if self.writer is None:
-                from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                size, fps = picture.shape[1::-1], 60 / FRAME_SKIP
-                self.writer = FFMPEG_VideoWriter(str(self.path), size, fps, preset="veryfast", threads=1)
-            self.writer.write_frame(picture)
-            self.count += 1
-            if self.count & (self.count - 1) == 0:  # the last power of two lies in the second half of the video
-                self.still = picture.copy()
+            if self.ffmpeg is None:
+                self.start(picture)
+            self.ffmpeg.stdin.write(picture)
+        except BrokenPipeError:
+            self.close()  # asks ffmpeg what happened
         except Exception as error:
             self.fail(error)
+        else:
+            if self.count % 100 == 0:
+                self.still = picture.copy()
+            self.count += 1
+
+    def start(self, picture: np.ndarray) -> None:
+        import imageio_ffmpeg
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        height, width, _ = picture.shape
+        source = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {60 // FRAME_SKIP} -i -"
+        target = "-c:v libx264 -preset veryfast -threads 1 -pix_fmt yuv420p"
+        target += " -movflags +faststart"  # a browser can play it while it loads
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source.split(), *target.split(), self.path]
+        pipe = subprocess.PIPE
+        # in a session of its own, so that Ctrl-C in a terminal does not reach it
+        self.ffmpeg = subprocess.Popen(command, stdin=pipe, stderr=pipe, start_new_session=True)
 
     def close(self) -> None:
-        try:
-            if self.writer:
-                self.writer.close()
-        except Exception as error:
-            self.fail(error)
+        """Ends the video; pictures that come later are left out."""
+        self.length = self.count
+        if self.ffmpeg:
+            _, complaint = self.ffmpeg.communicate()
+            if self.ffmpeg.returncode:
+                *_, last_line = ["", *complaint.decode(errors="replace").splitlines()]
+                self.fail(f"ffmpeg ended with {self.ffmpeg.returncode} {last_line}")
+            self.ffmpeg = None
 
-    def fail(self, error: Exception) -> None:
-        warnings.warn(f"no video {self.path}: {str(error).strip() or type(error).__name__}", stacklevel=2)
+    def fail(self, reason) -> None:
+        say(f"warning: no video {self.path}: {reason}", file=sys.stderr)
         self.length = self.count = 0
 
 

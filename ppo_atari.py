@@ -7,7 +7,8 @@
 #   "wandb>=0.31",
 #   "numpy>=2.0",
 #   "opencv-python-headless>=5.0",
-#   "moviepy>=2.2",
+#   "imageio-ffmpeg>=0.5",
+#   "pillow>=10",
 #   "tyro>=1.0",
 #   "tqdm>=4.66",
 # ]
@@ -33,6 +34,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -300,6 +302,8 @@ class Atari(gym.Wrapper):
         self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
         self.game_ended, self.lives = True, 0
+        self.recording = False
+        self.colors = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)
         self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -311,6 +315,7 @@ class Atari(gym.Wrapper):
                 if self.ale.game_over(with_truncation=False):
                     self.env.reset()
             self.ale.getScreenGrayscale(self.screens[0])
+            self.colors[:] = self.ale.getScreenRGB()
             self.screens[1] = 0
             self.game_ended, self.lives = False, self.ale.lives()
             self.episode_return, self.episode_length = 0.0, 0
@@ -346,6 +351,9 @@ class Atari(gym.Wrapper):
         reward = 0.0
         for frame in range(FRAME_SKIP):
             reward += self.ale.act(self.emulator_actions[action])
+            if self.recording:
+                self.colors[0] = self.colors[1]
+                self.ale.getScreenRGB(self.colors[1])
             self.game_ended = self.ale.game_over(with_truncation=False)
             if self.game_ended:
                 break
@@ -355,6 +363,10 @@ class Atari(gym.Wrapper):
         self.episode_length += 1
         self._push_frame()
         return reward
+
+    def screen(self) -> np.ndarray:
+        """The last two emulator frames as one, RGB; the last alone unless ``recording``."""
+        return self.colors.max(0) if self.recording else self.ale.getScreenRGB()
 
     def _push_frame(self) -> None:
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
@@ -1027,31 +1039,56 @@ class Players(AtariVector):
         return sorted(self._recv(), key=lambda game: game["step"])
 
 
+def say(text: str, file=None) -> None:
+    tqdm.write(text, file=file)
+
+
 # -------------------------------------------------------------------------------------- overlay and recorder
 
-GROUND, QUIET, GRID, BAR = (18, 19, 23), (139, 143, 151), (52, 55, 62), (86, 110, 142)
-GREEDY, CHOSEN, TEXT = (80, 176, 240), (255, 196, 92), (236, 237, 240)
-GAIN, LOSS = (112, 200, 104), (232, 92, 92)
-FONT = cv2.FontFace("sans")
+GROUND = (18, 19, 23)
+TEXT = (236, 237, 240)
+QUIET = (139, 143, 151)  # words that stand back
+GRID = (52, 55, 62)
+BAR = (86, 110, 142)
+GREEDY = (80, 176, 240)  # the action that the network prefers
+CHOSEN = (255, 196, 92)  # the action taken
+GAIN = (112, 200, 104)  # a reward
+LOSS = (232, 92, 92)  # a penalty
 TRACE_STEPS = 150  # 10 seconds of play
+TRACE_SPAN = 0.01  # the least that a trace spans, so that noise does not fill it
+BAR_SPAN = 1e-5  # the least that a full bar stands for: below lie rounding errors
+if not hasattr(cv2, "FontFace"):  # OpenCV 4 was installed over OpenCV 5
+    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: pip uninstall opencv-python,"
+             " then pip install --force-reinstall --no-deps opencv-python-headless")  # fmt: skip
+FONT = cv2.FontFace("sans")
 
 
 def number(value: float) -> str:
-    """At most 8 characters: 2.413, -1,250.5, 3.2e+30, nan."""
-    return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e4 else f"{value:.2g}"
+    """The most exact of four forms that has at most 8 characters: 2.413, -1,250.5, 123,457, 3.2e+30; nan, inf."""
+    value = round(value, 3) + 0.0  # no -0.000
+    for form in (",.3f", ",.1f", ",.0f", ".2g"):
+        text = format(value, form)
+        if len(text) <= 8:
+            break
+    return text
 
 
-def finite_range(values: np.ndarray) -> tuple[float, float]:
+def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
+    """The lowest finite value and the highest, or what is ``least`` above the lowest if that is more.
+
+    ``least`` is a share of the largest value if that is above 1.
+    """
     finite = values[np.isfinite(values)]
-    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    return low, max(high, low + least * max(1.0, abs(low), abs(high)))
 
 
 class Overlay(gym.Wrapper):
     """Draws the game beside what the network thinks of it, 960x630, RGB.
 
     Call ``think`` with the values of the state before each ``step``; ``render`` then returns the picture of that
-    state (one array, overwritten by the next call). Drawing is left to ``render``: steps that are not recorded cost
-    nothing.
+    state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, which
+    nobody thought about. Drawing is left to ``render``: steps that are not recorded cost nothing.
     """
 
     WIDTH, HEIGHT = 960, 630
@@ -1059,129 +1096,194 @@ class Overlay(gym.Wrapper):
 
     def __init__(self, env: Atari, subtitle: str, epsilon: float):
         super().__init__(env)
-        self.subtitle, self.epsilon = subtitle, epsilon
+        self.subtitle = subtitle
+        self.epsilon = epsilon
+        self.notice = ""  # what the recorder has to say about this picture
         self.canvas = np.empty((self.HEIGHT, self.WIDTH, 3), np.uint8)
-        self.screen = np.empty((*env.ale.getScreenDims(), 3), np.uint8)
-        self.new_game()
 
     def new_game(self) -> None:
-        self.values, self.entropies = deque(maxlen=TRACE_STEPS), deque(maxlen=TRACE_STEPS)  # of the last states
-        self.rewards = deque(maxlen=TRACE_STEPS)  # reward before each of them
-        self.last_return = 0.0
+        self.values = deque(maxlen=TRACE_STEPS)  # V(s) of the last states
+        self.entropies = deque(maxlen=TRACE_STEPS)  # of the policy in each of them
+        self.returns = deque(maxlen=TRACE_STEPS)  # return of the game up to each of them
 
     def reset(self, **kwargs):
-        if self.env.game_ended:
+        new_game = self.env.game_ended
+        outcome = self.env.reset(**kwargs)
+        if new_game:
             self.new_game()
-        return self.env.reset(**kwargs)
+            self.has_lives = self.env.lives > 0
+        return outcome
+
+    def step(self, action: int):
+        observation, reward, terminated, self.truncated, info = self.env.step(action)
+        return observation, reward, terminated, self.truncated, info
 
     def think(self, thoughts: tuple[np.ndarray, float], action: int) -> None:
         """Notes the probability of each action in the current state, its value and the action about to be taken."""
         self.probabilities, value = thoughts
-        self.action, self.greedy = action, int(np.argmax(self.probabilities))
+        self.action = action
+        self.greedy = int(np.argmax(self.probabilities))
         self.values.append(value)
         self.entropies.append(-float((self.probabilities * np.log(self.probabilities + 1e-12)).sum()))
-        self.rewards.append(self.env.episode_return - self.last_return)
-        self.last_return = self.env.episode_return
+        self.returns.append(self.env.episode_return)
 
     def render(self) -> np.ndarray:
-        cv2.rectangle(self.canvas, (self.WIDTH // 2, 0), (self.WIDTH - 1, self.HEIGHT - 1), GROUND, -1)
-        self.env.ale.getScreenRGB(self.screen)
-        game = self.canvas[:, : self.WIDTH // 2]
-        cv2.resize(self.screen, (self.WIDTH // 2, self.HEIGHT), dst=game, interpolation=cv2.INTER_NEAREST)
-        self.text(self.env.game, self.LEFT, 40, TEXT, 22, 600)
-        self.text(self.subtitle, self.LEFT, 64, QUIET, 14)
-        if self.action != self.greedy:
-            self.text("exploring", self.RIGHT, 64, CHOSEN, 14, 600, right=True)
-        self.draw_policy(top=104, bottom=394)
+        self.draw_game()
+        if self.env.game_ended:
+            self.draw_end()
+        else:
+            self.draw_policy(top=104, bottom=394)
         self.draw_trace(self.values, "V(s), last 10 s", GREEDY, top=434, bottom=480)
-        span = (0.0, math.log(len(self.probabilities)))  # of a certain and of a uniform policy
-        self.draw_trace(self.entropies, "entropy of the policy, last 10 s", GREEDY, top=514, bottom=550, span=span)
+        span = (0.0, math.log(self.env.action_space.n))  # of a certain and of a uniform policy
+        self.draw_trace(self.entropies, "entropy, last 10 s", GREEDY, top=514, bottom=550, span=span)
         self.draw_facts(top=581)
         return self.canvas
 
+    def draw_game(self) -> None:
+        """The game on the left, its name on the empty panel on the right."""
+        middle = self.WIDTH // 2
+        game = self.canvas[:, :middle]
+        cv2.resize(self.env.screen(), game.shape[1::-1], dst=game, interpolation=cv2.INTER_NEAREST)
+        cv2.rectangle(self.canvas, (middle, 0), (self.WIDTH - 1, self.HEIGHT - 1), GROUND, -1)
+        self.text(self.env.game, self.LEFT, 40, TEXT, 22, 600)
+        self.text(self.notice, self.RIGHT, 40, CHOSEN, 14, 600, right=True)
+        self.text(self.subtitle, self.LEFT, 64, QUIET, 14)
+
+    def draw_end(self) -> None:
+        """What the game came to, in the place of thoughts."""
+        ending = "cut off at the frame limit" if self.truncated else "game over"
+        self.text(ending, self.LEFT, 200, TEXT, 22, 600)
+        outcome = f"return {self.env.episode_return:,.0f} after {self.env.episode_length:,} steps"
+        self.text(outcome, self.LEFT, 232, QUIET, 18)
+
     def draw_policy(self, top: int, bottom: int) -> None:
         """One bar an action, as long as the action is probable."""
-        self.text("probability of each action", self.LEFT, top - 14, QUIET, 14)
-        self.text("framed: the one taken", self.RIGHT, top - 14, QUIET, 14, right=True)
+        key = {"most probable": GREEDY, "taken": CHOSEN}
+        self.title(top - 14, "actions", "probability", key)
         pitch = min(36, (bottom - top) // len(self.probabilities))
         size = min(15, pitch - 3)
-        left, width = self.LEFT + 130, 240
+        left = self.LEFT + 130
+        width = 240
         for i, (name, value) in enumerate(zip(self.env.action_names, self.probabilities.tolist())):
             y = top + i * pitch
-            greedy = i == self.greedy
+            baseline = y + (pitch + size) // 2 - 2
             cv2.rectangle(self.canvas, (left, y + 3), (left + width, y + pitch - 4), GRID, -1)
             if value > 0:
-                color = GREEDY if greedy else BAR
+                color = GREEDY if i == self.greedy else BAR
                 cv2.rectangle(self.canvas, (left, y + 3), (left + round(width * value), y + pitch - 4), color, -1)
             if i == self.action:
                 cv2.rectangle(self.canvas, (left - 4, y), (left + width + 4, y + pitch - 1), CHOSEN, 2)
-            bold, color = (600, TEXT) if i == self.action or greedy else (400, QUIET)
-            self.text(name, self.LEFT, y + (pitch + size) // 2 - 2, color, size, bold)
-            self.text(number(value), self.RIGHT, y + (pitch + size) // 2 - 2, color, size, bold, right=True)
+            color, weight = self.label_style(i)
+            self.text(name, self.LEFT, baseline, color, size, weight)
+            self.text(number(value), self.RIGHT, baseline, color, size, weight, right=True)
 
     def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int, span=None) -> None:
-        """Values of the last seconds between ``span`` or their extremes; green lines: rewards, red ones: penalties."""
-        values, rewards = np.array(values), np.array(self.rewards)
-        low, high = span or finite_range(values)
-        self.text(title, self.LEFT, top - 14, QUIET, 14)
-        self.text(f"{number(low)} to {number(high)}", self.RIGHT, top - 14, QUIET, 14, right=True)
+        """Values of the last seconds on the axis ``span``; a line at a state is the reward that its action brought."""
+        values = np.array(values)
+        low, high = span or finite_range(values, TRACE_SPAN)
+        self.title(top - 14, title, f"{number(low)} to {number(high)}", {"reward": GAIN, "penalty": LOSS})
         cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
-        x = self.RIGHT - (len(values) - 1 - np.arange(len(values))) * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
-        for at, reward in zip(x, rewards):
+        x = self.RIGHT - np.arange(len(values))[::-1] * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
+        y = bottom - (values - low) / (high - low) * (bottom - top)
+        rewards = np.diff([*self.returns, self.env.episode_return])
+        for at, reward in zip(x.round().astype(int).tolist(), rewards):
             if reward:
-                cv2.line(self.canvas, (round(at), top), (round(at), bottom), GAIN if reward > 0 else LOSS, 1)
-        y = bottom - (values - low) / ((high - low) or 1.0) * (bottom - top)
-        shown = np.isfinite(values)
-        points = np.stack([x, y], 1)[shown].round().astype(np.int32)
-        cv2.polylines(self.canvas, [points], False, color, 2, cv2.LINE_AA)
+                cv2.line(self.canvas, (at, top), (at, bottom), GAIN if reward > 0 else LOSS, 1)
+        points = np.stack([x, y], 1)[np.isfinite(values)]
+        cv2.polylines(self.canvas, [points.round().astype(np.int32)], False, color, 2, cv2.LINE_AA)
 
     def draw_facts(self, top: int) -> None:
         env = self.env
-        facts = {"return": f"{env.episode_return:,.0f}", "step": f"{env.episode_length:,}"}
-        facts |= {"epsilon": f"{self.epsilon:g}", "unique frames": f"{env.unique_frames:.2f}", "lives": str(env.lives)}
-        for x, (name, value) in zip((0, 100, 180, 262, 392), facts.items()):
-            self.text(name, self.LEFT + x, top, QUIET, 14)
-            self.text(value, self.LEFT + x, top + 23, TEXT, 18, 600)
+        facts = {
+            "return": f"{env.episode_return:,.0f}",
+            "step": f"{env.episode_length:,}",
+            "epsilon": f"{self.epsilon:g}",
+            "unique frames": f"{env.unique_frames:.2f}",
+        }
+        if self.has_lives:
+            facts["lives"] = str(env.lives)
+        columns = (0, 100, 180, 262, 392)
+        for column, (name, value) in zip(columns, facts.items()):
+            self.text(name, self.LEFT + column, top, QUIET, 14)
+            self.text(value, self.LEFT + column, top + 23, TEXT, 18, 600)
 
-    def text(self, text, x, y, color, size, weight=400, right=False) -> None:
+    def label_style(self, action: int) -> tuple:
+        """Color and weight of an action's name and number."""
+        return (TEXT, 600) if action in (self.action, self.greedy) else (QUIET, 400)
+
+    def title(self, y: int, text: str, figure: str, key: dict) -> None:
+        """Heads a part: its name, words in the colors that they explain, a figure at the right."""
+        x = self.text(text, self.LEFT, y, QUIET, 14)
+        for word, color in key.items():
+            x = self.text(word, x + 14, y, color, 14)
+        self.text(figure, self.RIGHT, y, QUIET, 14, right=True)
+
+    def text(self, text, x, y, color, size, weight=400, right=False) -> int:
+        """Writes on the baseline y, from x or, with ``right``, up to x; returns the x at which the text ends."""
         align = cv2.PUT_TEXT_ALIGN_RIGHT if right else cv2.PUT_TEXT_ALIGN_LEFT
-        cv2.putText(self.canvas, text, (x, y), color, FONT, size, weight, align)
+        return cv2.putText(self.canvas, text, (x, y), color, FONT, size, weight, align)[0][0]
 
 
 class Recorder:
     """Streams pictures into an mp4 file, 15 a second; a failure is reported once and never ends a run."""
 
     def __init__(self, path: Path, length: int):
-        self.path, self.length, self.count, self.writer, self.still = path, length, 0, None, None
+        self.path = path
+        self.length = length  # most pictures
+        self.count = 0  # pictures written
+        self.still = None  # one of the last of them
+        self.ffmpeg = None
+
+    @property
+    def active(self) -> bool:
+        return self.count < self.length
 
     def write(self, env: Overlay) -> None:
-        """Adds one picture of ``env``, unless the video has its full length or has failed."""
-        if self.count >= self.length:
+        """Adds one picture of ``env``, unless the video is closed, has failed or has its full length."""
+        if not self.active:
             return
+        if self.count + 1 == self.length and not env.env.game_ended:
+            env.notice = "the video is cut here"
+            say(f"{self.path} is cut after {self.length:,} steps, the game goes on: see more with --video-length")
         picture = env.render()
         try:
-            if self.writer is None:
-                from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                size, fps = picture.shape[1::-1], 60 / FRAME_SKIP
-                self.writer = FFMPEG_VideoWriter(str(self.path), size, fps, preset="veryfast", threads=1)
-            self.writer.write_frame(picture)
-            self.count += 1
-            if self.count & (self.count - 1) == 0:  # the last power of two lies in the second half of the video
-                self.still = picture.copy()
+            if self.ffmpeg is None:
+                self.start(picture)
+            self.ffmpeg.stdin.write(picture)
+        except BrokenPipeError:
+            self.close()  # asks ffmpeg what happened
         except Exception as error:
             self.fail(error)
+        else:
+            if self.count % 100 == 0:
+                self.still = picture.copy()
+            self.count += 1
+
+    def start(self, picture: np.ndarray) -> None:
+        import imageio_ffmpeg
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        height, width, _ = picture.shape
+        source = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {60 // FRAME_SKIP} -i -"
+        target = "-c:v libx264 -preset veryfast -threads 1 -pix_fmt yuv420p"
+        target += " -movflags +faststart"  # a browser can play it while it loads
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source.split(), *target.split(), self.path]
+        pipe = subprocess.PIPE
+        # in a session of its own, so that Ctrl-C in a terminal does not reach it
+        self.ffmpeg = subprocess.Popen(command, stdin=pipe, stderr=pipe, start_new_session=True)
 
     def close(self) -> None:
-        try:
-            if self.writer:
-                self.writer.close()
-        except Exception as error:
-            self.fail(error)
+        """Ends the video; pictures that come later are left out."""
+        self.length = self.count
+        if self.ffmpeg:
+            _, complaint = self.ffmpeg.communicate()
+            if self.ffmpeg.returncode:
+                *_, last_line = ["", *complaint.decode(errors="replace").splitlines()]
+                self.fail(f"ffmpeg ended with {self.ffmpeg.returncode} {last_line}")
+            self.ffmpeg = None
 
-    def fail(self, error: Exception) -> None:
-        warnings.warn(f"no video {self.path}: {str(error).strip() or type(error).__name__}", stacklevel=2)
+    def fail(self, reason) -> None:
+        say(f"warning: no video {self.path}: {reason}", file=sys.stderr)
         self.length = self.count = 0
 
 
@@ -1411,10 +1513,12 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
     ends it early, without results.
     """
-    env = Overlay(Atari(args), f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    game = Atari(args)
+    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
+    game.recording = recorder.active
     episodes = []
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while len(episodes) < args.eval_episodes and not stopped():
@@ -1422,12 +1526,15 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
         if rng.random() < args.eval_epsilon:
             action = int(rng.integers(env.action_space.n))
         env.think(thoughts, action)
-        if not episodes:
-            recorder.write(env)
+        recorder.write(env)
         observation, _, terminated, truncated, info = env.step(action)
+        if info:  # the end of the game is the last picture
+            recorder.write(env)
+            recorder.close()
+            episodes.append(info["episode"])
+        game.recording = recorder.active
         if terminated or truncated:
             observation, _ = env.reset()
-        episodes += [info["episode"]] if info else []
     recorder.close()
     if len(episodes) < args.eval_episodes:
         return

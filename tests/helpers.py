@@ -72,6 +72,15 @@ def read_video(path):
     return meta, [np.frombuffer(frame, np.uint8).reshape(meta["size"][1], meta["size"][0], 3) for frame in frames]
 
 
+def drawn_texts(env, monkeypatch) -> list[str]:
+    """All that ``render`` writes on the picture, which it leaves without them."""
+    texts = []
+    with monkeypatch.context() as patch:
+        patch.setattr(env, "text", lambda text, x, *rest, **more: texts.append(text) or x)
+        env.render()
+    return texts
+
+
 def random_batch(size=32, num_actions=2):
     generator = torch.Generator().manual_seed(3)
     frames = torch.randint(0, 256, (size, 5, SIZE, SIZE), dtype=torch.uint8, generator=generator)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import Naive, random_batch, state_frame
+from helpers import Naive, drawn_texts, random_batch, state_frame
 
 import apex_dqn_atari
 from apex_dqn_atari import (
@@ -757,39 +757,43 @@ def test_bars_show_the_advantages(num_actions, scale, value):
 @pytest.mark.parametrize("num_actions", [3, 18])
 def test_equal_and_nan_advantages(num_actions):
     env = make_overlay(num_actions)
-    for value, advantages in ((0.0, 0.0), (np.nan, np.nan), (np.inf, np.inf)):
+    for value, advantages in ((0.0, 0.0), (1.0, 1e-7), (np.nan, np.nan), (np.inf, np.inf)):
         env.think((value, np.full(num_actions, advantages)), 0)
         assert all(left <= 2 and right <= 2 for left, right, _ in bars(env.render(), num_actions))
 
 
-def test_chosen_and_exploring_are_marked():
+def test_chosen_and_exploring_are_marked(monkeypatch):
     env = make_overlay(6)
 
     def marked(action):
         env.think((1.0, np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])), action)
         picture = env.render().astype(int)
         frame = np.abs(picture[104:428, 620:775] - CHOSEN).sum(2) == 0
-        exploring = np.abs(picture[50:70, 800:] - CHOSEN).sum(2) == 0
-        return np.flatnonzero(frame.any(1)).mean() // 36, exploring.any()
+        return np.flatnonzero(frame.any(1)).mean() // 36, "exploring" in drawn_texts(env, monkeypatch)
 
     assert marked(5) == (5, False)
     assert marked(2) == (2, True)
 
 
 def test_value_advantage_and_their_sum_are_printed(monkeypatch):
-    env, texts = make_overlay(6), []
+    env = make_overlay(6)
     env.think((2.0, np.array([-0.5, 0.25, 0, 0, 0, 0.25])), 1)
-    monkeypatch.setattr(env, "text", lambda text, *arguments, **options: texts.append(text))
-    env.render()
+    texts = drawn_texts(env, monkeypatch)
     assert {"V(s) = 2.000", "-0.500", "0.250", "1.500", "2.250", "Pong"} <= set(texts)
     assert texts[texts.index("epsilon") + 1] == "0"
+    env.env.max_episode_frames = 1
+    env.step(1)
+    texts = drawn_texts(env, monkeypatch)
+    assert "cut off at the frame limit" in texts and "A(s, a)" not in texts
 
 
 def test_nothing_overlaps():
     """With the widest texts each column of the panel keeps a gap to the next one, and nothing leaves the canvas."""
     env = make_overlay(18)
     advantages = np.linspace(-9_999.9, 9_999.9, 18)
-    env.think((-1_000.0, advantages), 3)
+    for value in (-9_999.9, -1_000.0):
+        env.think((value, advantages), 3)
+    env.notice = "the video is cut here"
     env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
     panel = np.abs(env.render().astype(int)[:, 480:] - (18, 19, 23)).sum(2) > 60
     assert not panel[:, :20].any() and not panel[:, -20:].any()
@@ -797,6 +801,8 @@ def test_nothing_overlaps():
     assert not panel[104:428, 293:297].any()  # between bars and advantages
     assert not panel[104:428, 371:375].any()  # between advantages and Q-values
     assert not panel[430:434].any() and not panel[552:562].any()  # between bars, trace and facts
+    for title in (panel[22:46], panel[78:95], panel[440:457]):  # between title and legend and what is at the right
+        assert np.diff(np.flatnonzero(title.any(0))).max() > 14
 
 
 def test_trace_is_the_value():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_batch, state_frame
+from helpers import drawn_texts, random_batch, state_frame
 
 import bootstrapped_dqn_atari
 import dqn_atari
@@ -593,7 +593,7 @@ def test_equal_and_nan_values():
         env.render()
 
 
-def test_chosen_greedy_acting_and_exploring_are_marked():
+def test_chosen_greedy_acting_and_exploring_are_marked(monkeypatch):
     env = make_overlay(6)
     q_values = np.tile(np.arange(6.0), (9, 1))
     q_values[7, 1] = 10  # head 7 disagrees
@@ -603,9 +603,9 @@ def test_chosen_greedy_acting_and_exploring_are_marked():
         picture = env.render()
         rows = is_color(picture[TOP : TOP + 216, LEFT - 4], CHOSEN)
         columns = is_color(picture[TOP + 18 :: 36, LEFT - 1 : 834][:6], CHOSEN).sum(0) > 4
-        exploring = is_color(picture[50:70, 800:], CHOSEN).any()
         names = [is_color(picture[TOP + 36 * i : TOP + 36 * i + 36, 504:624], GREEDY).any() for i in range(6)]
         outlined = [head for head in range(9) if columns[22 * head] and columns[22 * head + 22]]
+        exploring = "exploring" in drawn_texts(env, monkeypatch)
         return int(np.flatnonzero(rows).mean()) // 36, outlined, exploring, np.flatnonzero(names).tolist()
 
     assert marks(None, 5) == (5, [], False, [5])
@@ -617,18 +617,19 @@ def test_chosen_greedy_acting_and_exploring_are_marked():
 
 def test_vote_and_head_are_named(monkeypatch):
     """The texts that are drawn."""
-    env, texts = make_overlay(6), []
-    monkeypatch.setattr(Overlay, "text", lambda self, text, *rest, **more: texts.append(text))
+    env = make_overlay(6)
     q_values = np.tile(np.arange(6.0), (9, 1))
     q_values[7, 1] = 10.5
     env.think((q_values, None), 5)
-    env.render()
-    assert "the vote is for LEFTFIRE, 8 of 9 heads agree" in texts
+    texts = drawn_texts(env, monkeypatch)
+    assert "the vote is for LEFTFIRE, 8 of 9 agree" in texts
     assert "2.056" in texts and "5.000" in texts and "8" in texts  # means of Q, and the votes
-    texts.clear()
     env.think((q_values, 7), 1)
-    env.render()
-    assert "head 7 plays FIRE, 1 of 9 heads agree" in texts
+    assert "head 7 plays FIRE, 1 of 9 agree" in drawn_texts(env, monkeypatch)
+    env.env.max_episode_frames = 1
+    env.step(1)
+    texts = drawn_texts(env, monkeypatch)
+    assert "cut off at the frame limit" in texts and "votes" not in texts
 
 
 def test_nothing_overlaps():
@@ -639,21 +640,24 @@ def test_nothing_overlaps():
         q_values[num_heads // 2 :, 17] -= 9_000
         env.think((q_values, head), 3)
         env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
+        env.notice = "the video is cut here"
         panel = np.abs(env.render()[:, 480:].astype(int) - GROUND).sum(2) > 60
         assert not panel[:, :20].any() and not panel[:, -20:].any()
         assert not panel[TOP:402, 144:148].any()  # between names and map
         assert not panel[TOP:402, 356:358].any() and not panel[TOP:402, 378:384].any()  # map, votes and values
         assert not panel[404:407].any() and not panel[557:562].any()  # between map, traces and facts
+        for title in (panel[22:46], panel[76:93], panel[412:429], panel[486:503]):  # between its left and right
+            assert np.diff(np.flatnonzero(title.any(0))).max() > 14
 
 
 def test_traces_follow_value_and_disagreement_and_mark_rewards():
     env = make_overlay(6)
     for step in range(150):
-        env.env.episode_return += {60: 1, 100: -1}.get(step, 0)
         q_values = np.zeros((9, 6))
         q_values[:, 5] = step  # a rising value
         q_values[::2] += 150 - step  # and heads that come to agree
         env.think((q_values, None), 5)
+        env.env.episode_return += {60: 1, 100: -1}.get(step, 0)
     assert env.values[-1] == pytest.approx(149 + 5 / 9) and env.disagreements[-1] == pytest.approx(math.sqrt(20) / 9)
     picture = env.render()
     for top, bottom, color, sign in ((438, 480, GREEDY, 1), (512, 554, VOTE, -1)):

@@ -350,7 +350,7 @@ class RecordedOverlay(Overlay):
 
     def text(self, text, x, y, *style, **options):
         self.texts.append((text, x, y))
-        super().text(text, x, y, *style, **options)
+        return super().text(text, x, y, *style, **options)
 
 
 def make_overlay(num_actions: int) -> RecordedOverlay:
@@ -488,7 +488,7 @@ def test_chosen_and_exploring_are_marked():
         picture = env.render()
         frame = np.flatnonzero(matches(picture[104:414, 620:885], CHOSEN).any(1))
         assert frame.mean() // 51 == action and len(frame) == pytest.approx(51, abs=2)
-        assert matches(picture[50:70, 800:], CHOSEN).any() == (action != greedy)
+        assert ("exploring" in [text for text, _, _ in env.texts]) == (action != greedy)
 
 
 def test_trace_is_the_highest_mean():
@@ -502,7 +502,9 @@ def test_trace_is_the_highest_mean():
 def test_nothing_overlaps():
     """With 18 actions and the widest texts, each column and block of the panel keeps a gap to the next one."""
     env, support = make_overlay(18), np.linspace(-1e5, -9e4, 51, dtype=np.float32)
-    env.think((support, make_distributions(18, support, -95_000, 3_000)), 3)
+    for center in (-98_000, -95_000):
+        env.think((support, make_distributions(18, support, center, 3_000)), 3)
+    env.notice = "the video is cut here"
     env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
     picture = env.render().astype(int)
     panel = np.abs(picture[:, 480:] - (18, 19, 23)).sum(2) > 60
@@ -510,6 +512,18 @@ def test_nothing_overlaps():
     assert not panel[104:408, 144:148].any()  # between names and histograms
     assert not panel[104:408, 380:384].any()  # between histograms and means
     assert not panel[94:103].any() and not panel[428:432].any() and not panel[552:562].any()  # between blocks
+    for title in (panel[22:46], panel[78:95], panel[440:457]):  # between title and legend and what is at the right
+        assert np.diff(np.flatnonzero(title.any(0))).max() > 14
+
+
+def test_the_end_of_a_game_has_no_distributions():
+    env, support = make_overlay(6), np.linspace(-10, 10, 51, dtype=np.float32)
+    env.env.max_episode_frames = 1
+    env.think((support, make_distributions(6, support, 0, 1)), 3)
+    env.step(3)
+    picture = env.render()
+    assert "cut off at the frame limit" in [text for text, _, _ in env.texts]
+    assert not any(matches(picture[:430], color).any() for color in (GREEDY, CHOSEN, BAR))
 
 
 # ------------------------------------------------------------------------------------------------------- CUDA

@@ -1,10 +1,33 @@
-"""The overlay shows the numbers it was given, and the video holds every picture."""
+"""The overlay shows the numbers it was given, and the video holds every picture up to the end of the game."""
 
+import os
+import runpy
+
+import cv2
 import numpy as np
 import pytest
-from helpers import read_video
+import torch
+from conftest import ROOT
+from helpers import drawn_texts, read_video
 
-from dqn_atari import BAR, CHOSEN, GAIN, GREEDY, LOSS, TEXT, Args, Atari, Overlay, Recorder, number
+import dqn_atari
+from dqn_atari import (
+    BAR,
+    CHOSEN,
+    GAIN,
+    GREEDY,
+    LOSS,
+    TEXT,
+    TRACE_SPAN,
+    Agent,
+    Args,
+    Atari,
+    Overlay,
+    Recorder,
+    evaluate,
+    finite_range,
+    number,
+)
 
 GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
 
@@ -47,8 +70,10 @@ def test_bars_show_the_values(num_actions, scale, shift):
 @pytest.mark.parametrize("num_actions", [3, 6, 18])
 def test_equal_and_nan_values(num_actions):
     env = make_overlay(num_actions)
-    env.think(np.full(num_actions, 2.0), 0)
-    assert all(length <= 2 for length, _ in bars(env.render(), num_actions))
+    rounding = np.random.default_rng(0).normal(size=num_actions) * 1e-6
+    for q_values in (np.full(num_actions, 2.0), np.zeros(num_actions), 2 + rounding, 1e5 * (2 + rounding)):
+        env.think(q_values, 0)
+        assert all(length <= 110 for length, _ in bars(env.render(), num_actions))
     q_values = np.arange(num_actions, dtype=float)
     q_values[1] = np.nan
     env.think(q_values, 0)
@@ -59,7 +84,7 @@ def test_equal_and_nan_values(num_actions):
         env.render()
 
 
-def test_chosen_and_exploring_are_marked():
+def test_chosen_and_exploring_are_marked(monkeypatch):
     env = make_overlay(6)
     q_values = np.array([0.0, 1, 2, 3, 4, 5])
 
@@ -67,8 +92,7 @@ def test_chosen_and_exploring_are_marked():
         env.think(q_values, action)
         picture = env.render().astype(int)
         frame = np.abs(picture[104:428, 620:885] - CHOSEN).sum(2) == 0
-        exploring = np.abs(picture[50:70, 800:] - CHOSEN).sum(2) == 0
-        return np.flatnonzero(frame.any(1)).mean() // 36, exploring.any()
+        return np.flatnonzero(frame.any(1)).mean() // 36, "exploring" in drawn_texts(env, monkeypatch)
 
     assert marked(5) == (5, False)
     assert marked(2) == (2, True)
@@ -83,79 +107,226 @@ def test_numbers_are_printed():
     changed = np.argwhere((one != env.render()).any(2))
     assert len(changed) and (changed[:, 0] >= 104 + 3 * 36).all() and (changed[:, 0] < 104 + 4 * 36).all()
     assert (np.abs(one[104:428, 880:940].astype(int) - TEXT).sum(2) == 0).any()
-    texts = [number(value) for value in (2.41249, -1.5, -1250.54, -123456.0, 3.2e30, float("nan"), -float("inf"))]
-    assert texts == ["2.412", "-1.500", "-1,250.5", "-1.2e+05", "3.2e+30", "nan", "-inf"]
+
+
+def test_number_has_at_most_eight_characters():
+    written = {
+        2.41249: "2.412",
+        -1.5: "-1.500",
+        -0.0001: "0.000",
+        999.9996: "1,000.0",
+        -1250.54: "-1,250.5",
+        9999.96: "10,000.0",
+        -9999.96: "-10,000",
+        12_345.6: "12,345.6",
+        -123_456.7: "-123,457",
+        999_999.6: "1e+06",
+        3.2e30: "3.2e+30",
+        float("nan"): "nan",
+        -float("inf"): "-inf",
+    }
+    assert {value: number(value) for value in written} == written
+
+
+@pytest.mark.parametrize("values, least, expected", [
+    ([1, 3, np.nan, np.inf], 0.01, (1, 3)),
+    ([0.027, 0.0271], 0.01, (0.027, 0.037)),
+    ([-500, -499], 0.01, (-500, -495)),
+    ([0, 0], 1e-5, (0, 1e-5)),
+    ([2, 2], 0, (2, 2)),
+    ([np.nan], 0.01, (0, 0.01)),
+])  # fmt: skip
+def test_a_range_has_a_least_span(values, least, expected):
+    assert finite_range(np.array(values, float), least) == pytest.approx(expected)
 
 
 def test_nothing_overlaps():
     """With the widest texts each column of the panel keeps a gap to the next one, and nothing leaves the canvas."""
     env = make_overlay(18)
-    env.think(np.linspace(-9_999.9, -1_000, 18), 3)
+    for highest in (-9_999.9, -1_000):
+        env.think(np.linspace(-9_999.9, highest, 18), 3)
     env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
+    env.notice = "the video is cut here"
     picture = env.render().astype(int)
     panel = np.abs(picture[:, 480:] - (18, 19, 23)).sum(2) > 60
     assert not panel[:, :20].any() and not panel[:, -20:].any()
     assert not panel[104:428, 144:148].any()  # between names and bars
     assert not panel[104:428, 380:384].any()  # between bars and values
     assert not panel[430:434].any() and not panel[552:562].any()  # between bars, trace and facts
+    for title in (panel[22:46], panel[78:95], panel[440:457]):  # between title and legend and the figure at the right
+        gaps = np.diff(np.flatnonzero(title.any(0)))
+        assert gaps.max() > 14
 
 
-def test_trace_follows_value_and_marks_rewards():
+def test_trace_follows_value_and_marks_rewards(monkeypatch):
+    """A reward stands at the state whose action brought it."""
     env = make_overlay(6)
     for step in range(150):
-        env.env.episode_return += {60: 1, 100: -1}.get(step, 0)
         env.think(np.array([0, 0, 0, 0, 0, float(step)]), 5)
+        env.env.episode_return += {60: 1, 100: -1, 149: 1}.get(step, 0)
     picture = env.render().astype(int)
     trace = np.abs(picture[466:549] - GREEDY).sum(2) < 30
     heights = [np.flatnonzero(trace[:, x]).mean() for x in range(510, 930, 20)]
     assert all(earlier > later for earlier, later in zip(heights, heights[1:]))  # a rising value rises
     assert heights[0] > 76 and heights[-1] < 8  # over the whole height
-    for color, step in ((GAIN, 60), (LOSS, 100)):
+    for color, steps in ((GAIN, (60, 149)), (LOSS, (100,))):
         columns = np.flatnonzero((np.abs(picture[466:549] - color).sum(2) == 0).sum(0) > 20)
-        assert columns.tolist() == [pytest.approx(936 - (149 - step) * 432 / 149, abs=1)]
+        assert columns.tolist() == [pytest.approx(936 - (149 - step) * 432 / 149, abs=1) for step in steps]
+        assert (np.abs(picture[440:457, 640:780] - color).sum(2) < 60).any()  # the legend
+    assert {"reward", "penalty", "0.000 to 149.000"} <= set(drawn_texts(env, monkeypatch))
 
 
-def test_the_game_is_shown():
+def test_noise_does_not_fill_the_trace(monkeypatch):
+    """What moves by a thousandth fills a tenth of the height, and the figures say what the height is."""
+    env = make_overlay(6)
+    for step in range(150):
+        env.think(np.array([0, 0, 0, 0, 0, 0.027 + TRACE_SPAN / 10 * (step % 2)]), 5)
+    rows = np.flatnonzero((np.abs(env.render()[460:552].astype(int) - GREEDY).sum(2) < 30).any(1))
+    assert 460 + rows.min() > 548 - 0.1 * 82 - 3
+    assert "0.027 to 0.037" in drawn_texts(env, monkeypatch)
+
+
+@pytest.mark.parametrize("game, lives", [("Pong", False), ("Breakout", True)])
+def test_lives_are_shown_where_there_are_any(monkeypatch, game, lives):
+    env = Overlay(Atari(Args(env_id=game)), "test", 0.01)
+    env.reset(seed=1)
+    env.think(np.zeros(env.action_space.n), 0)
+    assert ("lives" in drawn_texts(env, monkeypatch)) == lives
+
+
+def test_the_screen_of_the_game_is_shown():
+    """The overlay draws what ``screen`` returns, whatever the emulator shows."""
     env = make_overlay(6)
     env.think(np.zeros(6), 0)
-    np.testing.assert_array_equal(env.render()[1::3, 1:480:3], env.env.ale.getScreenRGB())
+    screen = np.random.default_rng(0).integers(256, size=(210, 160, 3), dtype=np.uint8)
+    env.env.screen = lambda: screen
+    np.testing.assert_array_equal(env.render()[1::3, 1:480:3], screen)
 
 
-def test_video_has_one_frame_per_step(tmp_path):
-    """40 of 50 steps recorded: 40 frames at 15 a second, each close to the picture that was given."""
-    env, recorder, pictures = make_overlay(6), Recorder(tmp_path / "videos" / "game.mp4", length=40), []
-    for step in range(50):
+@pytest.mark.parametrize("limit, ending", [(108_000, "game over"), (400, "cut off at the frame limit")])
+def test_the_end_of_a_game_is_shown(monkeypatch, limit, ending):
+    """Its return and what the last step brought, but no thoughts."""
+    env, info = Overlay(Atari(Args(env_id="Pong", max_episode_frames=limit)), "test", 0.01), {}
+    env.reset(seed=1)
+    while not info:
+        env.think(np.arange(6.0), 2)
+        info = env.step(0)[4]
+    texts = set(drawn_texts(env, monkeypatch))
+    final_return, length = round(info["episode"]["r"]), info["episode"]["l"]
+    assert {ending, f"return {final_return} after {length} steps", str(final_return)} <= texts
+    assert not {"Q(s, a)", "greedy", "taken", "exploring"} & texts
+    picture = env.render()
+    np.testing.assert_array_equal(picture[1::3, 1:480:3], env.env.screen())
+    penalties = np.flatnonzero((np.abs(picture[466:549].astype(int) - LOSS).sum(2) == 0).sum(0) > 20)
+    assert (936 in penalties) == (ending == "game over")  # the last point of Pong ends it
+    env.reset()
+    env.think(np.arange(6.0), 2)
+    assert "exploring" in drawn_texts(env, monkeypatch) and len(env.values) == len(env.returns) == 1
+
+
+def test_video_has_one_frame_per_step(tmp_path, capsys):
+    """105 of 110 steps recorded: 105 frames at 15 a second, each close to the picture that was given."""
+    env, recorder, pictures = make_overlay(6), Recorder(tmp_path / "videos" / "game.mp4", length=105), []
+    for step in range(110):
         env.think(np.random.default_rng(step).normal(size=6), step % 6)
         recorder.write(env)
+        assert recorder.active == (step < 104)
         pictures.append(env.render().copy())
         env.step(step % 6)
     recorder.close()
     meta, frames = read_video(recorder.path)
-    assert (len(frames), meta["size"], meta["fps"]) == (40, (960, 630), 15)
+    assert (len(frames), meta["size"], meta["fps"]) == (105, (960, 630), 15)
     assert meta["pix_fmt"].startswith("yuv420p")  # what browsers play
     for frame, picture in zip(frames, pictures):
         assert np.abs(frame.astype(int) - picture).mean() < 4
-    np.testing.assert_array_equal(recorder.still, pictures[31])
+    np.testing.assert_array_equal(recorder.still, pictures[100])
+    video = recorder.path.read_bytes()
+    assert 0 < video.index(b"moov") < video.index(b"mdat")  # the index first: it plays while it loads
+    notice = np.abs(np.array(pictures)[:, 25:45, 760:].astype(int) - CHOSEN).sum(3).min((1, 2)) == 0
+    assert notice.tolist() == [False] * 104 + [True] * 6  # the 105th picture is the last that was written
+    assert capsys.readouterr().out.count(f"{recorder.path} is cut after 105 steps") == 1
 
 
-def test_failed_video_warns_once_and_goes_on(tmp_path):
+@pytest.mark.parametrize("length, capture", [(20, True), (4500, True), (4500, False)])
+def test_evaluation_records_the_first_game_to_its_end(tmp_path, monkeypatch, capsys, length, capture):
+    """Colour frames are kept only while the video is written."""
+    steps, pictures = [], []
+
+    class Watched(Atari):
+        def step(self, action):
+            steps.append(self.recording)
+            return super().step(action)
+
+        def screen(self):
+            pictures.append((self.recording, self.game_ended))
+            return super().screen()
+
+    monkeypatch.setattr(dqn_atari, "Atari", Watched)
+    args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=200, capture_video=capture, video_length=length)
+    args.precision = "float32"
+    evaluate(args, Agent(args, 6, torch.device("cpu")), torch.device("cpu"), 7, tmp_path, None)
+    video = tmp_path / "videos" / "0000000007.mp4"
+    assert video.exists() == capture and ("is cut" in capsys.readouterr().out) == (length == 20)
+    if not capture:
+        assert not any(steps) and not pictures
+        return
+    recorded = steps.count(True)
+    assert steps == [True] * recorded + [False] * (len(steps) - recorded) and recorded < 0.6 * len(steps)
+    assert len(pictures) == len(read_video(video)[1]) == (20 if length == 20 else recorded + 1)
+    ends = [False] * (len(pictures) - 1) + [length > 20]
+    assert pictures == [(True, ended) for ended in ends]
+
+
+def test_ffmpeg_does_not_hear_the_terminal(tmp_path):
+    """Ctrl-C goes to the foreground's process group: ffmpeg is not in it, and the video can be ended."""
+    env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=10)
+    env.think(np.zeros(6), 0)
+    recorder.write(env)
+    assert os.getpgid(recorder.ffmpeg.pid) != os.getpgid(0)
+    recorder.close()
+    assert len(read_video(recorder.path)[1]) == 1
+
+
+def test_failed_video_warns_once_and_goes_on(tmp_path, capsys):
     (tmp_path / "videos").write_text("a file where the folder should be")
     env, recorder = make_overlay(6), Recorder(tmp_path / "videos" / "game.mp4", length=40)
     env.think(np.zeros(6), 0)
-    with pytest.warns(UserWarning, match="no video") as caught:
-        for _ in range(5):
-            recorder.write(env)
-        recorder.close()
-    assert len(caught) == 1 and recorder.count == 0
+    for _ in range(5):
+        recorder.write(env)
+    recorder.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: no video {recorder.path}: ") and recorder.count == 0
 
 
-def test_killed_encoder_does_not_end_the_run(tmp_path):
+@pytest.mark.parametrize("pictures", [0, 20])
+def test_killed_encoder_does_not_end_the_run(tmp_path, capsys, pictures):
+    """It is seen when the next picture is written or, at the latest, when the video is closed."""
     env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=400)
     env.think(np.zeros(6), 0)
     recorder.write(env)
-    recorder.writer.proc.kill()
-    recorder.writer.proc.wait()
-    with pytest.warns(UserWarning, match="no video"):
-        for _ in range(20):
-            recorder.write(env)
+    recorder.ffmpeg.kill()
+    for _ in range(pictures):
+        recorder.write(env)
     recorder.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: no video {recorder.path}: ffmpeg ended with -9") and recorder.count == 0
+
+
+def test_complaint_of_the_encoder_is_quoted(tmp_path, capsys):
+    env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=400)
+    recorder.path.mkdir()
+    env.think(np.zeros(6), 0)
+    recorder.write(env)
+    recorder.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("Is a directory") and recorder.count == 0
+
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_opencv_4_is_one_sentence(monkeypatch, script):
+    monkeypatch.delattr(cv2, "FontFace")
+    with pytest.raises(SystemExit, match="^error: OpenCV 5 is needed and cv2 is .*: pip uninstall opencv-python, "):
+        runpy.run_path(str(ROOT / script), run_name="imported")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import assert_group_is_gone, run, run_folder, start, state_frame, wait_for
+from helpers import assert_group_is_gone, drawn_texts, run, run_folder, start, state_frame, wait_for
 
 import ppo_atari
 from ppo_atari import (
@@ -593,15 +593,20 @@ def test_bars_show_the_probabilities(num_actions, sharpness):
         assert sum(lengths.values()) == lengths[color]
 
 
-def test_taken_action_is_framed():
+def test_taken_action_is_framed(monkeypatch):
     env = make_overlay(6)
     probabilities = np.array([0.05, 0.1, 0.1, 0.2, 0.25, 0.3], np.float32)
-    for action, exploring in ((5, False), (2, True)):
+    for action in (5, 2):
         env.think((probabilities, 0.0), action)
         picture = env.render()
         rows = np.flatnonzero(exactly(picture[104:394, 620:885], CHOSEN).any(1))
         assert rows.mean() // 36 == action
-        assert exactly(picture[50:70, 800:], CHOSEN).any() == exploring
+        texts = drawn_texts(env, monkeypatch)  # an action is drawn from the policy: that is no exploring
+        assert "taken" in texts and "most probable" in texts and "exploring" not in texts
+    env.env.max_episode_frames = 1
+    env.step(1)
+    texts = drawn_texts(env, monkeypatch)
+    assert "cut off at the frame limit" in texts and "taken" not in texts
 
 
 def test_odd_numbers_are_drawn():
@@ -615,7 +620,7 @@ def test_odd_numbers_are_drawn():
     env.think((uniform, 0.0), 0)
     assert env.entropies[-1] == pytest.approx(math.log(6))
     env.new_game()
-    assert not env.entropies and not env.values and not env.rewards
+    assert not env.entropies and not env.values and not env.returns
 
 
 def test_numbers_are_printed():
@@ -633,6 +638,7 @@ def test_nothing_overlaps():
     """With the widest texts each column of the panel keeps a gap to the next one, and nothing leaves the canvas."""
     env = make_overlay(18)
     env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
+    env.notice = "the video is cut here"
     for value in (-9_999.94, -1_000.04):
         env.think((np.full(18, 1 / 18), value), 3)
     picture = env.render().astype(int)
@@ -641,15 +647,16 @@ def test_nothing_overlaps():
     assert not panel[104:394, 144:148].any()  # between names and bars
     assert not panel[104:394, 402:406].any()  # between bars and values
     assert not panel[394:402].any() and not panel[483:486].any() and not panel[554:564].any()  # between the parts
-    assert not panel[405:426, 200:250].any() and not panel[486:507, 260:320].any()  # between titles and scales
+    for title in (panel[22:46], panel[78:95], panel[408:425], panel[488:505]):  # between its left and right
+        assert np.diff(np.flatnonzero(title.any(0))).max() > 14
 
 
 def test_traces_follow_value_and_entropy_and_mark_rewards():
     env = make_overlay(6)
     for step in range(150):
-        env.env.episode_return += {60: 1, 100: -1}.get(step, 0)
         best = 1 / 6 + (5 / 6) * (149 - step) / 149  # from certain to uniform
         env.think((np.array([(1 - best) / 5] * 5 + [best]), float(-step)), 5)
+        env.env.episode_return += {60: 1, 100: -1}.get(step, 0)
     picture = env.render()
     for top, bottom, rising in ((434, 480, False), (514, 550, True)):
         trace = np.abs(picture[top - 2 : bottom + 3].astype(int) - GREEDY).sum(2) < 30

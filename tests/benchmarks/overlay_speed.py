@@ -52,7 +52,6 @@ def play(overlay: Overlay) -> None:
     _, _, terminated, truncated, _ = overlay.step(overlay.action)
     if terminated or truncated:
         overlay.env.reset()  # not the overlay's own: that would empty the trace
-        overlay.last_return = 0.0
 
 
 def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]:
@@ -90,9 +89,10 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
 
     text(left, 40, env.game, bright, 22, bold=True, artists=constant)
     text(left, 64, overlay.subtitle, quiet, 14, artists=constant)
-    exploring = text(right, 64, "exploring", chosen_color, 14, bold=True, align="right")
 
     text(left, 90, "Q(s, a)", quiet, 14, artists=constant)
+    text(left + 62, 90, "greedy", greedy_color, 14, artists=constant)
+    taken = text(left + 120, 90, "", chosen_color, 14)
     span = text(right, 90, "", quiet, 14, align="right")
     pitch = min(36, 324 // len(names))
     size, bar_left, bar_width = min(15, pitch - 4), left + 126, 244
@@ -108,6 +108,8 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
 
     top, bottom = 466, 548
     text(left, top - 14, "V(s) = max Q, last 10 s", quiet, 14, artists=constant)
+    text(left + 165, top - 14, "reward", gain, 14, artists=constant)
+    text(left + 224, top - 14, "penalty", loss, 14, artists=constant)
     limits = text(right, top - 14, "", quiet, 14, align="right")
     constant.append(axes.add_line(Line2D((left, right), (bottom, bottom), color=grid, linewidth=0.72)))
     events = axes.add_collection(LineCollection([], linewidths=0.72))
@@ -119,10 +121,10 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
         text(left + x, 581, name, quiet, 14, artists=constant)
         facts.append(text(left + x, 604, "", bright, 18, bold=True))
 
-    screen, picture = np.empty_like(overlay.screen), np.empty((height, width, 3), np.uint8)
+    picture = np.empty((height, width, 3), np.uint8)
     if not paste:
         extent = (0, width // 2, height, 0)
-        changing.append(game := axes.imshow(screen, extent=extent, aspect="auto", interpolation="nearest"))
+        changing.append(game := axes.imshow(env.screen(), extent=extent, aspect="auto", interpolation="nearest"))
         axes.set(xlim=(0, width), ylim=(height, 0))  # imshow changes them
     for artist in changing:
         artist.set_animated(True)  # left out of draw()
@@ -130,9 +132,9 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
     background = figure.canvas.copy_from_bbox(figure.bbox)
 
     def draw() -> np.ndarray:
-        exploring.set_visible(overlay.action != overlay.greedy)
+        taken.set_text("taken" if overlay.action == overlay.greedy else "exploring")
         low, high = overlay.q_values.min(), overlay.q_values.max()
-        span.set_text(f"lowest to highest: {number(high - low)}")
+        span.set_text(f"full bar: lowest + {number(high - low)}")
         for i, value in enumerate(overlay.q_values.tolist()):
             bars[i].set_width(max(bar_width * (value - low) / (high - low), 1))
             bars[i].set_facecolor(greedy_color if i == overlay.greedy else bar)
@@ -143,7 +145,7 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
                 artist.set_fontweight("bold" if marked else "normal")
         frame.set_y(tops[overlay.action])
 
-        values, rewards = np.array(overlay.values), np.array(overlay.rewards)
+        values, rewards = np.array(overlay.values), np.diff([*overlay.returns, env.episode_return])
         low, high = values.min(), values.max()
         limits.set_text(f"{number(low)} to {number(high)}")
         x = right - np.arange(len(values))[::-1] * (right - left) / (dqn_atari.TRACE_STEPS - 1)
@@ -156,7 +158,7 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
         for fact, content in zip(facts, contents):
             fact.set_text(content)
 
-        env.ale.getScreenRGB(screen)
+        screen = env.screen()
         if not paste:
             game.set_data(screen)
         figure.canvas.restore_region(background)
