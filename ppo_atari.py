@@ -7,8 +7,7 @@
 #   "wandb>=0.31",
 #   "numpy>=2.0",
 #   "opencv-python-headless>=5.0",
-#   "imageio-ffmpeg>=0.5",
-#   "pillow>=10",
+#   "moviepy>=2.2",
 #   "tyro>=1.0",
 #   "tqdm>=4.66",
 # ]
@@ -34,7 +33,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -1260,17 +1258,21 @@ class Recorder:
             self.count += 1
 
     def start(self, picture: np.ndarray) -> None:
-        import imageio_ffmpeg
+        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         height, width, _ = picture.shape
-        source = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {60 // FRAME_SKIP} -i -"
-        target = "-c:v libx264 -preset veryfast -threads 1 -pix_fmt yuv420p"
-        target += " -movflags +faststart"  # a browser can play it while it loads
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source.split(), *target.split(), self.path]
-        pipe = subprocess.PIPE
-        # in a session of its own, so that Ctrl-C in a terminal does not reach it
-        self.ffmpeg = subprocess.Popen(command, stdin=pipe, stderr=pipe, start_new_session=True)
+        options = {"preset": "veryfast", "threads": 1}
+        options["ffmpeg_params"] = ["-movflags", "+faststart"]  # a browser can play it while it loads
+        # ffmpeg inherits the mask, so that Ctrl-C, which signals every process of a terminal, does not end it
+        mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+        if mask:
+            mask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self.ffmpeg = FFMPEG_VideoWriter(str(self.path), (width, height), 60 / FRAME_SKIP, **options).proc
+        finally:
+            if mask:
+                mask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def close(self) -> None:
         """Ends the video; pictures that come later are left out."""

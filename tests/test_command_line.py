@@ -89,8 +89,8 @@ def test_evaluate_plays_the_model_and_trains_nothing(recorded, tmp_path):
     assert names == {"0000002400.mp4"}
 
 
-def test_disabled_imports_neither_wandb_nor_ffmpeg(tmp_path):
-    for name in ("wandb", "imageio_ffmpeg"):
+def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
+    for name in ("wandb", "moviepy"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = run(tmp_path, NO_EXTRAS + " --total-timesteps 500 --num-workers 0", env=environment)

@@ -1,6 +1,6 @@
 """The overlay shows the numbers it was given, and the video holds every picture up to the end of the game."""
 
-import os
+import signal
 import runpy
 
 import cv2
@@ -278,13 +278,16 @@ def test_evaluation_records_the_first_game_to_its_end(tmp_path, monkeypatch, cap
 
 
 def test_ffmpeg_does_not_hear_the_terminal(tmp_path):
-    """Ctrl-C goes to the foreground's process group: ffmpeg is not in it, and the video can be ended."""
-    env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=10)
+    """Ctrl-C signals every process in a terminal: ffmpeg does not end by it, and the video can be ended."""
+    env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=40)
     env.think(np.zeros(6), 0)
-    recorder.write(env)
-    assert os.getpgid(recorder.ffmpeg.pid) != os.getpgid(0)
+    for _ in range(20):
+        recorder.write(env)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            recorder.ffmpeg.send_signal(number)
     recorder.close()
-    assert len(read_video(recorder.path)[1]) == 1
+    assert recorder.count == 20 and len(read_video(recorder.path)[1]) == 20
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
 
 
 def test_failed_video_warns_once_and_goes_on(tmp_path, capsys):
