@@ -989,8 +989,12 @@ def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
     ``least`` is a share of the largest value if that is above 1.
     """
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    return low, max(high, low + least * max(1.0, abs(low), abs(high)))
+    if not finite.size:
+        finite = np.zeros(1)
+    low = float(finite.min())
+    high = float(finite.max())
+    span = least * max(1.0, abs(low), abs(high))
+    return low, max(high, low + span)
 
 
 class Overlay(gym.Wrapper):
@@ -1058,7 +1062,7 @@ class Overlay(gym.Wrapper):
         middle = self.WIDTH // 2
         game = self.canvas[:, :middle]
         cv2.resize(self.env.screen(), game.shape[1::-1], dst=game, interpolation=cv2.INTER_NEAREST)
-        cv2.rectangle(self.canvas, (middle, 0), (self.WIDTH - 1, self.HEIGHT - 1), GROUND, -1)
+        self.box(middle, 0, self.WIDTH, self.HEIGHT, GROUND)
         self.text(self.env.game, self.LEFT, 40, TEXT, 22, 600)
         self.text(self.notice, self.RIGHT, 40, CHOSEN, 14, 600, right=True)
         self.text(self.subtitle, self.LEFT, 64, QUIET, 14)
@@ -1100,21 +1104,23 @@ class Overlay(gym.Wrapper):
                 self.text(str(head), x + width // 2 - 4, top - 5, color, 12, weight)
             for i, color in enumerate(colors[head]):
                 y = top + i * pitch
-                cv2.rectangle(self.canvas, (x, y + 1), (x + width - 2, y + pitch - 2), color, -1)
+                self.box(x, y + 1, x + width - 2, y + pitch - 2, color)
         for head, i in enumerate(self.q_values.argmax(1).tolist()):
             center = (left + head * width + width // 2 - 1, top + i * pitch + pitch // 2)
             cv2.circle(self.canvas, center, min(4, width // 2 - 1), VOTE, -1, cv2.LINE_AA)
         if self.head is not None:
             x = left + self.head * width
-            cv2.rectangle(self.canvas, (x - 1, top), (x + width - 1, top + num_actions * pitch - 1), CHOSEN, 1)
-        for i, (name, value) in enumerate(zip(self.env.action_names, self.q_values.mean(0).tolist())):
+            self.box(x - 1, top, x + width - 1, top + num_actions * pitch - 1, CHOSEN, 1)
+        for i, value in enumerate(self.q_values.mean(0).tolist()):
             y = top + i * pitch
             baseline = y + (pitch + size) // 2 - 2
             if i == self.action:
-                cv2.rectangle(self.canvas, (left - 4, y - 1), (left + num_heads * width + 2, y + pitch), CHOSEN, 2)
-            weight, color = (600, TEXT) if i == self.action else (400, QUIET)
-            weight, color = (600, GREEDY) if i == self.greedy else (weight, color)
-            self.text(name, self.LEFT, baseline, color, size, weight)
+                self.box(left - 4, y - 1, left + num_heads * width + 2, y + pitch, CHOSEN, 2)
+            color = TEXT if i == self.action else QUIET
+            if i == self.greedy:
+                color = GREEDY
+            weight = 400 if color == QUIET else 600
+            self.text(self.env.action_names[i], self.LEFT, baseline, color, size, weight)
             if self.votes[i]:
                 self.text(str(self.votes[i]), self.LEFT + 352, baseline, color, size, 600, right=True)
             self.text(number(value), self.RIGHT, baseline, color, size, weight, right=True)
@@ -1124,15 +1130,17 @@ class Overlay(gym.Wrapper):
         values = np.array(values)
         low, high = finite_range(values, TRACE_SPAN)
         self.title(top - 14, title, f"{number(low)} to {number(high)}", {"reward": GAIN, "penalty": LOSS})
-        cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
-        x = self.RIGHT - np.arange(len(values))[::-1] * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
+        self.box(self.LEFT, bottom, self.RIGHT, bottom, GRID)
+        age = np.arange(len(values))[::-1]
+        x = self.RIGHT - age * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
         y = bottom - (values - low) / (high - low) * (bottom - top)
         rewards = np.diff([*self.returns, self.env.episode_return])
         for at, reward in zip(x.round().astype(int).tolist(), rewards):
             if reward:
-                cv2.line(self.canvas, (at, top), (at, bottom), GAIN if reward > 0 else LOSS, 1)
-        points = np.stack([x, y], 1)[np.isfinite(values)]
-        cv2.polylines(self.canvas, [points.round().astype(np.int32)], False, color, 2, cv2.LINE_AA)
+                self.box(at, top, at, bottom, GAIN if reward > 0 else LOSS)
+        shown = np.isfinite(values)
+        points = np.stack([x, y], 1)[shown].round().astype(np.int32)
+        cv2.polylines(self.canvas, [points], False, color, 2, cv2.LINE_AA)
 
     def draw_facts(self, top: int) -> None:
         env = self.env
@@ -1148,6 +1156,10 @@ class Overlay(gym.Wrapper):
         for column, (name, value) in zip(columns, facts.items()):
             self.text(name, self.LEFT + column, top, QUIET, 14)
             self.text(value, self.LEFT + column, top + 23, TEXT, 18, 600)
+
+    def box(self, left, top, right, bottom, color, border=-1) -> None:
+        """A filled rectangle, or an empty one with so wide a border; its last pixels are ``right`` and ``bottom``."""
+        cv2.rectangle(self.canvas, (left, top), (right, bottom), color, border)
 
     def title(self, y: int, text: str, figure: str, key: dict) -> None:
         """Heads a part: its name, words in the colors that they explain, a figure at the right."""

@@ -956,8 +956,12 @@ def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
     ``least`` is a share of the largest value if that is above 1.
     """
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    return low, max(high, low + least * max(1.0, abs(low), abs(high)))
+    if not finite.size:
+        finite = np.zeros(1)
+    low = float(finite.min())
+    high = float(finite.max())
+    span = least * max(1.0, abs(low), abs(high))
+    return low, max(high, low + span)
 
 
 class Overlay(gym.Wrapper):
@@ -1025,7 +1029,7 @@ class Overlay(gym.Wrapper):
         middle = self.WIDTH // 2
         game = self.canvas[:, :middle]
         cv2.resize(self.env.screen(), game.shape[1::-1], dst=game, interpolation=cv2.INTER_NEAREST)
-        cv2.rectangle(self.canvas, (middle, 0), (self.WIDTH - 1, self.HEIGHT - 1), GROUND, -1)
+        self.box(middle, 0, self.WIDTH, self.HEIGHT, GROUND)
         self.text(self.env.game, self.LEFT, 40, TEXT, 22, 600)
         self.text(self.notice, self.RIGHT, 40, CHOSEN, 14, 600, right=True)
         self.text(self.subtitle, self.LEFT, 64, QUIET, 14)
@@ -1061,38 +1065,38 @@ class Overlay(gym.Wrapper):
         for i in range(math.ceil(low / step), math.floor(high / step) + 1):
             x = place(i * step)
             label = f"{i * step:g}"
-            cv2.line(self.canvas, (x, top), (x, bottom), GRID, 1)
+            self.box(x, top, x, bottom, GRID)
             self.text(label, x - 4 * len(label), bottom + 16, QUIET, 14)
 
         heights = (probabilities / (probabilities.max() or 1.0) * (pitch - 6)).round().repeat(2, axis=1)
         sides = np.linspace(left, left + width, last - first + 2).round().repeat(2)
-        for i, (name, value) in enumerate(zip(self.env.action_names, self.q_values.tolist())):
+        for i, value in enumerate(self.q_values.tolist()):
             foot = top + (i + 1) * pitch - 3  # of the bars
-            baseline = foot - (pitch - size) // 2 + 1
             outline = np.stack([sides, foot - np.pad(heights[i], 1)], 1).astype(np.int32)
             cv2.fillPoly(self.canvas, [outline], GREEDY if i == self.greedy else BAR)
             if math.isfinite(value):
-                cv2.rectangle(self.canvas, (place(value), foot - pitch + 6), (place(value) + 1, foot), TEXT, -1)
+                mean = place(value)
+                self.box(mean, foot - pitch + 6, mean + 1, foot, TEXT)
             if i == self.action:
-                cv2.rectangle(self.canvas, (left - 4, foot - pitch + 3), (left + width + 4, foot + 2), CHOSEN, 2)
-            color, weight = self.label_style(i)
-            self.text(name, self.LEFT, baseline, color, size, weight)
-            self.text(number(value), self.RIGHT, baseline, color, size, weight, right=True)
+                self.box(left - 4, foot - pitch + 3, left + width + 4, foot + 2, CHOSEN, 2)
+            self.label(i, value, foot - (pitch - size) // 2 + 1, size)
 
     def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int) -> None:
         """Values of the last seconds; a line at a state is the reward that its action brought."""
         values = np.array(values)
         low, high = finite_range(values, TRACE_SPAN)
         self.title(top - 14, title, f"{number(low)} to {number(high)}", {"reward": GAIN, "penalty": LOSS})
-        cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
-        x = self.RIGHT - np.arange(len(values))[::-1] * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
+        self.box(self.LEFT, bottom, self.RIGHT, bottom, GRID)
+        age = np.arange(len(values))[::-1]
+        x = self.RIGHT - age * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
         y = bottom - (values - low) / (high - low) * (bottom - top)
         rewards = np.diff([*self.returns, self.env.episode_return])
         for at, reward in zip(x.round().astype(int).tolist(), rewards):
             if reward:
-                cv2.line(self.canvas, (at, top), (at, bottom), GAIN if reward > 0 else LOSS, 1)
-        points = np.stack([x, y], 1)[np.isfinite(values)]
-        cv2.polylines(self.canvas, [points.round().astype(np.int32)], False, color, 2, cv2.LINE_AA)
+                self.box(at, top, at, bottom, GAIN if reward > 0 else LOSS)
+        shown = np.isfinite(values)
+        points = np.stack([x, y], 1)[shown].round().astype(np.int32)
+        cv2.polylines(self.canvas, [points], False, color, 2, cv2.LINE_AA)
 
     def draw_facts(self, top: int) -> None:
         env = self.env
@@ -1114,9 +1118,18 @@ class Overlay(gym.Wrapper):
         taken = "taken" if self.action == self.greedy else "exploring"
         return {"greedy": GREEDY, taken: CHOSEN}
 
-    def label_style(self, action: int) -> tuple:
-        """Color and weight of an action's name and number."""
-        return (TEXT, 600) if action in (self.action, self.greedy) else (QUIET, 400)
+    def label(self, action: int, value: float, y: int, size: int) -> None:
+        """Name and value of an action, those that count in bright letters."""
+        name = self.env.action_names[action]
+        marked = action in (self.action, self.greedy)
+        color = TEXT if marked else QUIET
+        weight = 600 if marked else 400
+        self.text(name, self.LEFT, y, color, size, weight)
+        self.text(number(value), self.RIGHT, y, color, size, weight, right=True)
+
+    def box(self, left, top, right, bottom, color, border=-1) -> None:
+        """A filled rectangle, or an empty one with so wide a border; its last pixels are ``right`` and ``bottom``."""
+        cv2.rectangle(self.canvas, (left, top), (right, bottom), color, border)
 
     def title(self, y: int, text: str, figure: str, key: dict) -> None:
         """Heads a part: its name, words in the colors that they explain, a figure at the right."""

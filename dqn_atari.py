@@ -900,8 +900,12 @@ def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
     ``least`` is a share of the largest value if that is above 1.
     """
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    return low, max(high, low + least * max(1.0, abs(low), abs(high)))
+    if not finite.size:
+        finite = np.zeros(1)
+    low = float(finite.min())
+    high = float(finite.max())
+    span = least * max(1.0, abs(low), abs(high))
+    return low, max(high, low + span)
 
 
 class Overlay(gym.Wrapper):
@@ -961,7 +965,7 @@ class Overlay(gym.Wrapper):
         middle = self.WIDTH // 2
         game = self.canvas[:, :middle]
         cv2.resize(self.env.screen(), game.shape[1::-1], dst=game, interpolation=cv2.INTER_NEAREST)
-        cv2.rectangle(self.canvas, (middle, 0), (self.WIDTH - 1, self.HEIGHT - 1), GROUND, -1)
+        self.box(middle, 0, self.WIDTH, self.HEIGHT, GROUND)
         self.text(self.env.game, self.LEFT, 40, TEXT, 22, 600)
         self.text(self.notice, self.RIGHT, 40, CHOSEN, 14, 600, right=True)
         self.text(self.subtitle, self.LEFT, 64, QUIET, 14)
@@ -981,32 +985,33 @@ class Overlay(gym.Wrapper):
         size = min(15, pitch - 4)
         left = self.LEFT + 130
         width = 220
-        for i, (name, value) in enumerate(zip(self.env.action_names, self.q_values.tolist())):
+        for i, value in enumerate(self.q_values.tolist()):
             y = top + i * pitch
-            baseline = y + (pitch + size) // 2 - 2
-            length = round(width * (value - low) / (high - low)) if math.isfinite(value) else 0
+            length = 1
+            if math.isfinite(value):
+                length = max(round(width * (value - low) / (high - low)), 1)
             color = GREEDY if i == self.greedy else BAR
-            cv2.rectangle(self.canvas, (left, y + 3), (left + max(length, 1), y + pitch - 4), color, -1)
+            self.box(left, y + 3, left + length, y + pitch - 4, color)
             if i == self.action:
-                cv2.rectangle(self.canvas, (left - 4, y), (left + width + 4, y + pitch - 1), CHOSEN, 2)
-            color, weight = self.label_style(i)
-            self.text(name, self.LEFT, baseline, color, size, weight)
-            self.text(number(value), self.RIGHT, baseline, color, size, weight, right=True)
+                self.box(left - 4, y, left + width + 4, y + pitch - 1, CHOSEN, 2)
+            self.label(i, value, y + (pitch + size) // 2 - 2, size)
 
     def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int) -> None:
         """Values of the last seconds; a line at a state is the reward that its action brought."""
         values = np.array(values)
         low, high = finite_range(values, TRACE_SPAN)
         self.title(top - 14, title, f"{number(low)} to {number(high)}", {"reward": GAIN, "penalty": LOSS})
-        cv2.line(self.canvas, (self.LEFT, bottom), (self.RIGHT, bottom), GRID, 1)
-        x = self.RIGHT - np.arange(len(values))[::-1] * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
+        self.box(self.LEFT, bottom, self.RIGHT, bottom, GRID)
+        age = np.arange(len(values))[::-1]
+        x = self.RIGHT - age * (self.RIGHT - self.LEFT) / (TRACE_STEPS - 1)
         y = bottom - (values - low) / (high - low) * (bottom - top)
         rewards = np.diff([*self.returns, self.env.episode_return])
         for at, reward in zip(x.round().astype(int).tolist(), rewards):
             if reward:
-                cv2.line(self.canvas, (at, top), (at, bottom), GAIN if reward > 0 else LOSS, 1)
-        points = np.stack([x, y], 1)[np.isfinite(values)]
-        cv2.polylines(self.canvas, [points.round().astype(np.int32)], False, color, 2, cv2.LINE_AA)
+                self.box(at, top, at, bottom, GAIN if reward > 0 else LOSS)
+        shown = np.isfinite(values)
+        points = np.stack([x, y], 1)[shown].round().astype(np.int32)
+        cv2.polylines(self.canvas, [points], False, color, 2, cv2.LINE_AA)
 
     def draw_facts(self, top: int) -> None:
         env = self.env
@@ -1028,9 +1033,18 @@ class Overlay(gym.Wrapper):
         taken = "taken" if self.action == self.greedy else "exploring"
         return {"greedy": GREEDY, taken: CHOSEN}
 
-    def label_style(self, action: int) -> tuple:
-        """Color and weight of an action's name and number."""
-        return (TEXT, 600) if action in (self.action, self.greedy) else (QUIET, 400)
+    def label(self, action: int, value: float, y: int, size: int) -> None:
+        """Name and value of an action, those that count in bright letters."""
+        name = self.env.action_names[action]
+        marked = action in (self.action, self.greedy)
+        color = TEXT if marked else QUIET
+        weight = 600 if marked else 400
+        self.text(name, self.LEFT, y, color, size, weight)
+        self.text(number(value), self.RIGHT, y, color, size, weight, right=True)
+
+    def box(self, left, top, right, bottom, color, border=-1) -> None:
+        """A filled rectangle, or an empty one with so wide a border; its last pixels are ``right`` and ``bottom``."""
+        cv2.rectangle(self.canvas, (left, top), (right, bottom), color, border)
 
     def title(self, y: int, text: str, figure: str, key: dict) -> None:
         """Heads a part: its name, words in the colors that they explain, a figure at the right."""

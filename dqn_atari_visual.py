@@ -964,8 +964,12 @@ def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
     ``least`` is a share of the largest value if that is above 1.
     """
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    return low, max(high, low + least * max(1.0, abs(low), abs(high)))
+    if not finite.size:
+        finite = np.zeros(1)
+    low = float(finite.min())
+    high = float(finite.max())
+    span = least * max(1.0, abs(low), abs(high))
+    return low, max(high, low + span)
 
 
 class Box(NamedTuple):
