@@ -46,7 +46,7 @@ import zlib
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import Annotated, Literal, NamedTuple, TypedDict
 
 import ale_py
 import cv2
@@ -217,13 +217,15 @@ def parse_args(default: Args | None = None) -> Args:
         "W&B": WandbFlags,
         "run": RunFlags,
     }
-    default, defaults = default or Args(), {}
+    default = default or Args()
+    types, defaults = {}, {}
     for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
         defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
     registry = ConstructorRegistry()
     registry.primitive_rule(whole_number)
     parsed = tyro.cli(
-        TypedDict("Flags", groups),
+        TypedDict("Flags", types),
         args=[plain_switch(word) for word in sys.argv[1:]],
         default=defaults,
         description=__doc__.splitlines()[0],
