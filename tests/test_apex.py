@@ -694,7 +694,7 @@ def test_settings_are_those_of_the_paper():
     "flags, message",
     [
         ({"n_step": 47}, "--n-step is 47: it must be between 1 and 46"),
-        ({"num_actors": 0}, "--num-actors is 0: it must be at least 1"),
+        ({"num_actors": 0}, "--num-actors is 0: it must be between 1 and 1,000"),
         ({"prioritized_replay_alpha": 1.5}, "--prioritized-replay-alpha is 1.5: it must be between 0 and 1"),
         ({"steps_per_update": 0.0}, "--steps-per-update is 0.0"),
         ({"learning_starts": 500}, "--batch-size 512 is more than the 500 transitions"),
