@@ -974,31 +974,36 @@ class Game:
 
     width, height = 480, 720  # in pixels: a column of its own
     CAPTIONS = 90  # height of the lines below the screen
-    LEAST = 0.01  # the least change of the Q-value, in shares of it if it is above 1, that is shown in full color
+    LEAST = 0.01  # changes of the Q-value below this, or this share of it if it is above 1, have less than full color
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
+        screen = state.env.screen()
         left, right = box.left + 20, box.right - 20
         top = box.bottom - self.CAPTIONS
         canvas.text(state.env.game, left, top + 23, TEXT, 22, 600)
         canvas.text(state.notice, right, top + 23, CHOSEN, 15, 600, right=True)
         canvas.text(state.subtitle, left, top + 44, QUIET, 15)
-        screen = state.env.screen()
         if state.saliency is not None and np.isfinite(state.saliency).all():
-            peak = float(state.saliency.max())
-            least = self.LEAST * max(1.0, abs(float(state.q_values[state.greedy])))
-            q_value = f"Q(s, {state.env.action_names[state.greedy]})"
-            if state.args.saliency == "gradient":  # the map holds changes a gray level
-                change = 255 * peak
-                title, scale = f"slope of {q_value} in each pixel", f"up to {change:.2g} from black to white"
-            else:  # the map holds halves of squared changes
-                change = math.sqrt(2 * peak)
-                title, scale = f"where blurring moves {q_value}", f"by up to {change:.2g}"
+            heat, title, scale = self.heat(state)
             canvas.text(title, left, top + 63, HEAT, 15)
-            canvas.text(f"{scale}, full color at {max(change, least):.2g}", left, top + 82, HEAT, 15)
-            opacity = 0.8 * min(1.0, change / least)
-            heat = cv2.resize(state.saliency / (peak or 1.0), screen.shape[1::-1])[:, :, None]
-            screen = (screen + opacity * heat * (np.array(HEAT) - screen)).astype(np.uint8)
+            canvas.text(scale, left, top + 82, HEAT, 15)
+            opacity = 0.8 * cv2.resize(heat, screen.shape[1::-1])[:, :, None]
+            screen = (screen + opacity * (np.array(HEAT) - screen)).astype(np.uint8)
         canvas.image(box._replace(bottom=top), screen)
+
+    def heat(self, state: "Overlay") -> tuple[np.ndarray, str, str]:
+        """The saliency map between 0 and 1, full color, and two lines that say what it shows."""
+        q_value = f"Q(s, {state.env.action_names[state.greedy]})"
+        peak = float(state.saliency.max())
+        if state.args.saliency == "gradient":  # the map holds changes a gray level
+            change = 255 * peak
+            title, scale = f"slope of {q_value} in each pixel", f"up to {change:.2g} from black to white"
+        else:  # the map holds halves of squared changes
+            change = math.sqrt(2 * peak)
+            title, scale = f"where blurring moves {q_value}", f"by up to {change:.2g}"
+        least = self.LEAST * max(1.0, abs(float(state.q_values[state.greedy])))
+        heat = min(1.0, change / least) * state.saliency / (peak or 1.0)
+        return heat, title, f"{scale}, full color at {max(change, least):.2g}"
 
 
 class QValues:
@@ -1015,7 +1020,7 @@ class QValues:
             return
         low, high = finite_range(state.q_values, BAR_SPAN)
         key = {"greedy": GREEDY, "taken" if state.action == state.greedy else "exploring": CHOSEN}
-        box = canvas.title(box, "Q(s, a)", f"full bar {number(high - low)}", key)
+        box = canvas.title(box, "Q(s, a)", f"full bar {high - low:.2g}", key)
         names = state.env.action_names
         pitch = min(44, (box.bottom - box.top) // len(names))
         size = min(20, pitch - 3, 200 // max(map(len, names)))
