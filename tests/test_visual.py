@@ -666,7 +666,7 @@ def test_nothing_overlaps(num_actions, most, saliency):
         (home,) = [box for box in env.boxes.values() if overlap(a, box)]
         assert a.left >= home.left and a.right <= home.right + 1 and a.bottom <= home.bottom, text
     left, top, right, _ = env.boxes["q_values"]
-    bars = Box(left + 132, top + 30, right - 100, 720)
+    bars = Box(left + 132, top + 30, right + 5 - PANELS["q_values"].NUMBERS, 720)  # with the frame around them
     screen, frames = Box(0, 0, 480, 630), env.boxes["frames"]
     frames = frames._replace(top=frames.top + 30)
     traces = [env.boxes[name]._replace(top=env.boxes[name].top + 26) for name in ("history", "surprise")]
