@@ -86,6 +86,7 @@ FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_actors", "envs_per_actor", "bu
 FIXED_FLAGS += ("gamma", "n_step", "prioritized_replay_alpha", "full_action_space")
 CHUNK = 50  # steps of each environment that an actor sends at a time, as in the paper
 REQUESTS = 3  # chunks asked of each actor in advance, so that it never waits for the learner
+SILENCE = 60  # seconds without a chunk after which an actor is missed
 PRIORITY_EPS = 1e-6  # added to the error, so that no transition is lost for good
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
 gym.register_envs(ale_py)
@@ -195,7 +196,7 @@ class AlgorithmFlags:
     steps_per_update: float | None = None
     """steps for each update, so that learner and actors wait for each other; None lets each go as fast as it can"""
     weights_frequency: int = 100
-    """steps of each environment after which the actors get the learner's weights"""
+    """steps of each environment between two copies of the weights to the actors, which use each 100 steps later"""
     max_grad_norm: float = 40.0
     """a gradient with a larger norm is scaled down to this"""
 
@@ -343,6 +344,11 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
 
 
 def catch_signals(grace: float = 1.0) -> list[int]:
@@ -819,6 +825,7 @@ class Actors:
     """The learner's side of all actors: keeps ``REQUESTS`` chunks asked of each, and hands them over in order.
 
     An actor that has died is started anew by Ray, elsewhere if its machine is gone, and asked for the same chunks.
+    Chunks are asked for with the weights published last: they are played two chunks later.
     """
 
     def __init__(self, args: Args, start: int):
@@ -826,72 +833,88 @@ class Actors:
         self.actors = [remote_actor.remote(args, number, start) for number in range(args.num_actors)]
         self.requests = [deque() for _ in self.actors]  # the oldest first
         self.next_steps = [None] * args.num_actors  # the first step that each actor's next chunk should have
+        self.heard = [time.monotonic()] * args.num_actors  # when each actor's last chunk arrived
 
     def publish(self, weights: dict[str, np.ndarray], updates: int) -> None:
         """Puts the weights where all actors find them, once; they count from the next request on."""
         self.weights, self.updates = ray.put(weights), updates
-        for actor, requests in enumerate(self.requests):
-            while len(requests) < REQUESTS:
-                self._request(actor)
 
     def receive(self, patience: float):
         """Yields (actor, chunk, whether it follows the one before) for the next chunk of each actor that has one.
 
-        Waits up to ``patience`` seconds for the first; ends the program if an actor has raised an error.
+        Waits up to ``patience`` seconds for the first. Warns of an actor that has sent nothing for ``SILENCE`` seconds;
+        ends the program if an actor has raised an error or Ray has died.
         """
+        for actor, requests in enumerate(self.requests):
+            while len(requests) < REQUESTS:
+                requests.append(self.actors[actor].play.remote(self.weights, self.updates))
         oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
-        arrived, _ = ray.wait(list(oldest), timeout=patience)
-        arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0) if arrived else ([], [])
+        try:
+            arrived, _ = ray.wait(list(oldest), timeout=patience)
+            arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0) if arrived else ([], [])
+            ray.wait([self.weights], timeout=0)  # raises if Ray has died; ray.get would end the program without a word
+        except OSError:
+            sys.exit("error: the raylet, Ray's process on this machine, has died: go on with --resume")
         for reference in arrived:
             actor = oldest[reference]
             self.requests[actor].popleft()
-            self._request(actor)
+            self.heard[actor] = time.monotonic()
             try:
                 chunk = ray.get(reference)
             except (ray.exceptions.RayTaskError, ray.exceptions.ActorDiedError) as error:
                 sys.exit(f"error: actor {actor} failed:\n{error}")
             except ray.exceptions.RayError as error:  # lost with its machine, or on the way
-                tqdm.write(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}")
+                say(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             if chunk["first_step"] == 0 and self.next_steps[actor] is not None:
-                tqdm.write(f"actor {actor} died and has been started again")
+                say(f"actor {actor} died and has been started again", file=sys.stderr)
             follows = chunk["first_step"] == self.next_steps[actor]
             self.next_steps[actor] = chunk["first_step"] + CHUNK
             yield actor, chunk, follows
+        for actor, heard in enumerate(self.heard):
+            if time.monotonic() - heard > SILENCE:
+                problem = f"actor {actor} has sent nothing for {SILENCE} s: its machine is gone, busy or out of memory"
+                remedy = "see raylet.out in Ray's logs, free memory or lower --buffer-size"
+                say(f"{problem} (Ray then kills it again and again: {remedy})", file=sys.stderr)
+                self.heard[actor] = math.inf  # once is enough
 
     def close(self) -> None:
         """Takes the requests back: Ray would complain of each that is open when it is shut down."""
         requests = sum(map(list, self.requests), [])
-        for request in requests:
-            ray.cancel(request)
-        ray.wait(requests, num_returns=len(requests), timeout=10)
-
-    def _request(self, actor: int) -> None:
-        self.requests[actor].append(self.actors[actor].play.remote(self.weights, self.updates))
+        with contextlib.suppress(OSError):  # Ray has died
+            for request in requests:
+                ray.cancel(request)
+            ray.wait(requests, num_returns=len(requests), timeout=10)
 
 
 def start_ray(args: Args) -> None:
     """Starts Ray or joins the cluster, and settles ``num_actors``; ends the program if they do not fit."""
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    problem = f"--ray-address {args.ray_address} is no running cluster (start one with ray start --head)"
     if args.ray_address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.num_actors = args.num_actors or max(cores - 1, 1)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one into the home folder
         in_flight = args.num_actors * REQUESTS * CHUNK * args.envs_per_actor * BYTES_PER_TRANSITION
-        ray.init("local", num_cpus=args.num_actors, object_store_memory=2 * in_flight + 2**28, **options)
-    else:
-        try:
-            if args.ray_address != "auto":  # Ray itself would try for minutes
-                host, _, port = args.ray_address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(args.ray_address, **options)
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: --ray-address {args.ray_address} is no running cluster (start one with ray start --head):"
-                     f" {str(error).splitlines()[0]}")  # fmt: skip
+        options |= {"num_cpus": args.num_actors, "object_store_memory": 2 * in_flight + 2**28}
+        if len(os.fsencode(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", ""))) > 35:
+            options["_temp_dir"] = "/tmp/ray"  # the path of a socket has at most 103 bytes, 68 of them are Ray's
+        problem = "Ray cannot start"
+    try:
+        if args.ray_address not in ("local", "auto"):  # Ray itself would try for minutes
+            host, _, port = args.ray_address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(args.ray_address, **options)
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        sys.exit(f"error: {problem}: {reason.splitlines()[0]}")
+    ray._private.worker._worker_logs_enabled = False  # nothing of Ray's about an actor that died: ``receive`` tells it
+    if args.ray_address != "local":
         free = int(ray.available_resources().get("CPU", 0))
         args.num_actors = args.num_actors or max(free - 1, 1)
         if args.num_actors > free:
-            sys.exit(f"error: --num-actors {args.num_actors} is more than the cluster's {free} free CPUs: lower it")
+            sys.exit(f"error: --num-actors {args.num_actors} is more than the cluster's {free} free CPUs: lower it, or"
+                     " start more nodes")  # fmt: skip
     needed = args.num_actors * args.envs_per_actor * (CHUNK + args.n_step + HISTORY)
     if args.buffer_size < needed:
         sys.exit(f"error: --buffer-size {args.buffer_size} is too small for chunks of {args.num_actors} actors with"
