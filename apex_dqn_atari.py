@@ -26,6 +26,15 @@ https://arxiv.org/abs/1511.06581) and prioritized replay (Schaul et al. 2016, ht
 
 The learner is the process that is started; the actors are Ray actors. They run at their own pace: two runs with the
 same seed differ.
+
+Unlike the paper: an actor plays 8 games, each with the epsilon of one of the paper's actors; it takes newer weights
+only between chunks of 50 steps (charts/weights_age says how old they are); the learner holds the replay and
+overwrites the oldest transitions one by one; FIRE at the start of a game or life.
+
+Unlike CleanRL's DQN, besides: zeros before an episode's first frame instead of copies of it, grayscale before the
+maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA and
+bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name like ALE/Pong-v5, which
+has --sticky-actions 0.25 elsewhere.
 """
 
 import ctypes
@@ -55,6 +64,7 @@ import torch
 import tyro
 from torch import nn
 from tqdm import tqdm
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 try:
     import fcntl
@@ -76,6 +86,7 @@ FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_actors", "envs_per_actor", "bu
 FIXED_FLAGS += ("gamma", "n_step", "prioritized_replay_alpha", "full_action_space")
 CHUNK = 50  # steps of each environment that an actor sends at a time, as in the paper
 REQUESTS = 3  # chunks asked of each actor in advance, so that it never waits for the learner
+SILENCE = 60  # seconds without a chunk after which an actor is missed
 PRIORITY_EPS = 1e-6  # added to the error, so that no transition is lost for good
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
 gym.register_envs(ale_py)
@@ -83,13 +94,13 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 
 @dataclass
-class Args:
+class RunFlags:
     exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's name"""
+    """name of the experiment, a part of the run's name"""
     seed: int = 1
-    """seed of all that is random"""
-    torch_deterministic: bool = True
-    """make cuDNN choose deterministic algorithms"""
+    """random seed"""
+    total_timesteps: int = 10_000_000
+    """steps of the whole run, of all games together; a step is 4 emulator frames"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -101,42 +112,63 @@ class Args:
     wandb_group: str | None = None
     """group of the W&B run, to compare seeds"""
     run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
+    """folder in which each run gets a folder of its own"""
+    checkpoint_frequency: int = 500_000
+    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    resume: str | None = None
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
+
+
+@dataclass
+class WandbFlags:
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where W&B records the run; auto is online if you have logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """W&B project of the run"""
+    wandb_entity: str | None = None
+    """W&B team or user of the run; None is your own account"""
+    wandb_group: str | None = None
+    """W&B group of the run; None is one for each game and --exp-name"""
+
+
+@dataclass
+class EvaluationFlags:
+    evaluate: str | None = None
+    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
     capture_video: bool = True
-    """record the first game of each evaluation"""
+    """make a video of the first game of each evaluation"""
     video_length: int = 4500
-    """longest video, in agent steps (15 a second: 4500 are 5 minutes)"""
+    """longest video in steps, 15 a second; 4500 are 5 minutes"""
     eval_frequency: int = 500_000
-    """steps between two evaluations (0: only one, at the end)"""
+    """steps from one evaluation to the next; 0 evaluates only at the end"""
     eval_episodes: int = 5
-    """whole games in an evaluation"""
+    """games played in an evaluation"""
     eval_epsilon: float = 0.0
     """probability of a random action in an evaluation"""
-    checkpoint_frequency: int = 500_000
-    """steps between two checkpoints (0: only when stopped and at the end)"""
-    resume: str | None = None
-    """run folder or checkpoint.pt to go on with; its flags hold unless given anew"""
-    evaluate: str | None = None
-    """model.pt or checkpoint.pt to play and record, without training; its flags hold unless given anew"""
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same one here"""
-    total_timesteps: int = 10_000_000
-    """agent steps (4 emulator frames each) of the whole run, summed over the environments"""
-    num_actors: int | None = None
-    """processes that play (default: one for each core or CPU of the cluster but one, which is the learner's)"""
-    envs_per_actor: int = 8
-    """games that an actor plays side by side, each with an epsilon of its own as the paper's actors have"""
-    sticky_actions: float = 0.0
-    """probability that the emulator repeats the previous action in a frame"""
-    max_episode_frames: int = 108_000
-    """emulator frames (4 a step, 60 a second) after which a game is cut off"""
-    episodic_life: bool = True
-    """end the learning episode when a life is lost (the game goes on)"""
-    full_action_space: bool = False
-    """all 18 actions instead of the game's own"""
 
+
+@dataclass
+class GameFlags:
+    env_id: str = "Breakout"
+    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
+    num_actors: int | None = None
+    """processes that play; None is one for each core or CPU of the cluster but one, which is the learner's"""
+    envs_per_actor: int = 8
+    """games that an actor plays side by side, each with the epsilon of one of the paper's actors"""
     ray_address: str = "local"
-    """Ray cluster that runs the actors: auto or an address; local: this machine alone, nothing needs to be started"""
+    """Ray cluster that runs the actors: an address or auto; local starts one on this machine alone"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
+    max_episode_frames: int = 108_000
+    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    episodic_life: bool = True
+    """end an episode of learning when a life is lost; the game goes on"""
+    full_action_space: bool = False
+    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
+
+
+@dataclass
+class AlgorithmFlags:
     learning_rate: float = 6.25e-5
     """learning rate of RMSProp"""
     buffer_size: int = 2_000_000
@@ -146,53 +178,133 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 3
-    """rewards in a return before it bootstraps"""
+    """rewards that a return adds up before it bootstraps"""
     batch_size: int = 512
     """transitions in an update"""
     target_network_frequency: int = 2500
-    """updates between two copies of the Q-network to the target network"""
+    """updates after which the target network becomes a copy of the Q-network"""
     epsilon_base: float = 0.4
-    """epsilon of environment i of N is epsilon-base ** (1 + epsilon-exponent * i / (N - 1)), all through the run"""
+    """epsilon of game i of N is base ** (1 + exponent * i / (N - 1)) all through the run: this is the base"""
     epsilon_exponent: float = 7.0
-    """see epsilon-base: the greediest environment's is epsilon-base ** (1 + epsilon-exponent)"""
+    """the exponent in the epsilon of a game, see --epsilon-base"""
     prioritized_replay_alpha: float = 0.6
-    """exponent of the TD error in a transition's priority (0: all are drawn alike)"""
+    """exponent of the TD error in a transition's priority; 0 draws all alike"""
     prioritized_replay_beta: float = 0.4
-    """exponent of the importance weights (1: the bias of the priorities is undone, 0: it is left)"""
+    """exponent of the importance weights; 1 undoes the bias of the priorities, 0 leaves it"""
     learning_starts: int = 50_000
     """steps before the first update"""
     steps_per_update: float | None = None
-    """steps for each update, so that learner and actors wait for each other (default: each as fast as it can)"""
+    """steps for each update, so that learner and actors wait for each other; None lets each go as fast as it can"""
     weights_frequency: int = 100
-    """steps of each environment after which the actors get the learner's weights"""
+    """steps of each environment between two copies of the weights to the actors, which use each 100 steps later"""
     max_grad_norm: float = 40.0
-    """norm to which longer gradients are shortened"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network's trunk; auto: bfloat16 on a CPU that has instructions for it, else float32"""
+    """a gradient with a larger norm is scaled down to this"""
+
+
+@dataclass
+class Args(AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags):
+    """All flags. ``--help`` shows them in these groups."""
+
+
+def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
+
+    def read(words: list[str]) -> int:
+        value = float(words[0])
+        if not value.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(value)
+
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [f"{value:_}"],
+    )
+
+
+def plain_switch(word: str) -> str:
+    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
+    flag, _, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
+        return word
+    return flag if value.lower() == "true" else f"--no-{name}"
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """The flags of the command line; those that are not given are as in ``default``.
+
+    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    """
+    groups = {
+        "algorithm": AlgorithmFlags,
+        "game": GameFlags,
+        "evaluation": EvaluationFlags,
+        "W&B": WandbFlags,
+        "run": RunFlags,
+    }
+    default = default or Args()
+    types, defaults = {}, {}
+    for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
+        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    registry = ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    parsed = tyro.cli(
+        TypedDict("Flags", types),
+        args=[plain_switch(word) for word in sys.argv[1:]],
+        default=defaults,
+        description=__doc__.splitlines()[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    args = Args()
+    for group in parsed.values():
+        vars(args).update(vars(group))
+    if "" in (args.resume, args.evaluate):
+        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    args.env_id = game_name(args.env_id)
+    return args
 
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if a flag is out of its range."""
-    ranges = {"learning_rate": (1e-12, 1), "seed": (0, 2**31), "n_step": (1, CHUNK - STACK)}
-    ranges["eval_epsilon sticky_actions gamma epsilon_base"] = (0, 1)
-    ranges["prioritized_replay_alpha prioritized_replay_beta"] = (0, 1)
-    ranges["eval_frequency checkpoint_frequency learning_starts epsilon_exponent"] = (0, math.inf)
-    ranges["video_length eval_episodes total_timesteps num_actors envs_per_actor weights_frequency"] = (1, math.inf)
-    ranges["buffer_size batch_size target_network_frequency"] = (1, math.inf)
-    ranges["max_episode_frames"] = (FRAME_SKIP * CHUNK, math.inf)
-    ranges["steps_per_update max_grad_norm"] = (1e-12, math.inf)
-    for names, (low, high) in ranges.items():
+    ranges = [
+        ("total_timesteps video_length eval_episodes", 1, 10**12),
+        ("max_episode_frames", FRAME_SKIP * CHUNK, 10**12),
+        ("checkpoint_frequency eval_frequency", 0, 10**12),
+        ("seed", 0, 2**31),
+        ("sticky_actions eval_epsilon", 0, 1),
+        ("num_actors", 1, 1000),
+        ("envs_per_actor", 1, 100),
+        ("learning_rate", 1e-12, 1),
+        ("gamma epsilon_base prioritized_replay_alpha prioritized_replay_beta", 0, 1),
+        ("epsilon_exponent", 0, 1000),
+        ("buffer_size", 1, 10**9),
+        ("n_step", 1, CHUNK - STACK),
+        ("batch_size", 1, 2**14),  # an update takes 0.4 MB for each
+        ("learning_starts", 0, 10**12),
+        ("target_network_frequency weights_frequency", 1, 10**12),
+        ("steps_per_update", 0.01, 10**6),
+        ("max_grad_norm", 1e-12, 10**6),
+    ]
+    for names, low, high in ranges:
         for name in names.split():
             value = getattr(args, name)
-            limit = f"between {low} and {high}" if high < math.inf else f"at least {low}"
-            if value is not None and not low <= value <= high:
-                sys.exit(f"error: --{name.replace('_', '-')} is {value}: it must be {limit}")
-    if args.resume and args.evaluate:
-        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+            if value is not None and not low <= value <= high:  # nan is not in any range
+                flag = f"--{name.replace('_', '-')}"
+                sys.exit(f"error: {flag} is {value:,}: it must be between {low:,} and {high:,}")
     usable = min(args.learning_starts, args.buffer_size)
     if args.batch_size > usable and not args.evaluate:
-        sys.exit(f"error: --batch-size {args.batch_size} is more than the {usable} transitions that are stored when"
-                 " learning starts: lower it, or raise --learning-starts and --buffer-size")  # fmt: skip
+        stored = f"the {usable} transitions that are stored when learning starts"
+        advice = "lower it, or raise --learning-starts and --buffer-size"
+        sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
     if ray is None and not args.evaluate:
         sys.exit("error: Ray is not installed: pip install 'ray>=2.50'")
 
@@ -234,6 +346,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
+
+
 def catch_signals(grace: float = 1.0) -> list[int]:
     """From now on SIGINT and SIGTERM are added to the list returned; after ``grace`` seconds a further one is fatal.
 
@@ -268,12 +385,11 @@ def game_name(env_id: str) -> str:
 
     Ends the program with the closest names if there is no such game.
     """
-    games = {spec[4:-3] for spec in gym.registry if re.fullmatch(r"ALE/\w+-v5", spec)}
+    games = [name.removeprefix("ALE/").removesuffix("-v5") for name in gym.registry if name.startswith("ALE/")]
     name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
     if name not in games:
-        lower = {game.lower(): game for game in games}
-        close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, cutoff=0.5)]
-        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close or ['Breakout', 'Pong'])}?")
+        close = difflib.get_close_matches(name, games) or ["Breakout", "Pong"]
+        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close)}?")
     return name
 
 
@@ -709,6 +825,7 @@ class Actors:
     """The learner's side of all actors: keeps ``REQUESTS`` chunks asked of each, and hands them over in order.
 
     An actor that has died is started anew by Ray, elsewhere if its machine is gone, and asked for the same chunks.
+    Chunks are asked for with the weights published last: they are played two chunks later.
     """
 
     def __init__(self, args: Args, start: int):
@@ -716,72 +833,88 @@ class Actors:
         self.actors = [remote_actor.remote(args, number, start) for number in range(args.num_actors)]
         self.requests = [deque() for _ in self.actors]  # the oldest first
         self.next_steps = [None] * args.num_actors  # the first step that each actor's next chunk should have
+        self.heard = [time.monotonic()] * args.num_actors  # when each actor's last chunk arrived
 
     def publish(self, weights: dict[str, np.ndarray], updates: int) -> None:
         """Puts the weights where all actors find them, once; they count from the next request on."""
         self.weights, self.updates = ray.put(weights), updates
-        for actor, requests in enumerate(self.requests):
-            while len(requests) < REQUESTS:
-                self._request(actor)
 
     def receive(self, patience: float):
         """Yields (actor, chunk, whether it follows the one before) for the next chunk of each actor that has one.
 
-        Waits up to ``patience`` seconds for the first; ends the program if an actor has raised an error.
+        Waits up to ``patience`` seconds for the first. Warns of an actor that has sent nothing for ``SILENCE`` seconds;
+        ends the program if an actor has raised an error or Ray has died.
         """
+        for actor, requests in enumerate(self.requests):
+            while len(requests) < REQUESTS:
+                requests.append(self.actors[actor].play.remote(self.weights, self.updates))
         oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
-        arrived, _ = ray.wait(list(oldest), timeout=patience)
-        arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0) if arrived else ([], [])
+        try:
+            arrived, _ = ray.wait(list(oldest), timeout=patience)
+            arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0) if arrived else ([], [])
+            ray.wait([self.weights], timeout=0)  # raises if Ray has died; ray.get would end the program without a word
+        except OSError:
+            sys.exit("error: the raylet, Ray's process on this machine, has died: go on with --resume")
         for reference in arrived:
             actor = oldest[reference]
             self.requests[actor].popleft()
-            self._request(actor)
+            self.heard[actor] = time.monotonic()
             try:
                 chunk = ray.get(reference)
             except (ray.exceptions.RayTaskError, ray.exceptions.ActorDiedError) as error:
                 sys.exit(f"error: actor {actor} failed:\n{error}")
             except ray.exceptions.RayError as error:  # lost with its machine, or on the way
-                tqdm.write(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}")
+                say(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
             if chunk["first_step"] == 0 and self.next_steps[actor] is not None:
-                tqdm.write(f"actor {actor} died and has been started again")
+                say(f"actor {actor} died and has been started again", file=sys.stderr)
             follows = chunk["first_step"] == self.next_steps[actor]
             self.next_steps[actor] = chunk["first_step"] + CHUNK
             yield actor, chunk, follows
+        for actor, heard in enumerate(self.heard):
+            if time.monotonic() - heard > SILENCE:
+                problem = f"actor {actor} has sent nothing for {SILENCE} s: its machine is gone, busy or out of memory"
+                remedy = "see raylet.out in Ray's logs, free memory or lower --buffer-size"
+                say(f"{problem} (Ray then kills it again and again: {remedy})", file=sys.stderr)
+                self.heard[actor] = math.inf  # once is enough
 
     def close(self) -> None:
         """Takes the requests back: Ray would complain of each that is open when it is shut down."""
         requests = sum(map(list, self.requests), [])
-        for request in requests:
-            ray.cancel(request)
-        ray.wait(requests, num_returns=len(requests), timeout=10)
-
-    def _request(self, actor: int) -> None:
-        self.requests[actor].append(self.actors[actor].play.remote(self.weights, self.updates))
+        with contextlib.suppress(OSError):  # Ray has died
+            for request in requests:
+                ray.cancel(request)
+            ray.wait(requests, num_returns=len(requests), timeout=10)
 
 
 def start_ray(args: Args) -> None:
     """Starts Ray or joins the cluster, and settles ``num_actors``; ends the program if they do not fit."""
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+    problem = f"--ray-address {args.ray_address} is no running cluster (start one with ray start --head)"
     if args.ray_address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.num_actors = args.num_actors or max(cores - 1, 1)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one into the home folder
         in_flight = args.num_actors * REQUESTS * CHUNK * args.envs_per_actor * BYTES_PER_TRANSITION
-        ray.init("local", num_cpus=args.num_actors, object_store_memory=2 * in_flight + 2**28, **options)
-    else:
-        try:
-            if args.ray_address != "auto":  # Ray itself would try for minutes
-                host, _, port = args.ray_address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=10).close()
-            ray.init(args.ray_address, **options)
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: --ray-address {args.ray_address} is no running cluster (start one with ray start --head):"
-                     f" {str(error).splitlines()[0]}")  # fmt: skip
+        options |= {"num_cpus": args.num_actors, "object_store_memory": 2 * in_flight + 2**28}
+        if len(os.fsencode(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", ""))) > 35:
+            options["_temp_dir"] = "/tmp/ray"  # the path of a socket has at most 103 bytes, 68 of them are Ray's
+        problem = "Ray cannot start"
+    try:
+        if args.ray_address not in ("local", "auto"):  # Ray itself would try for minutes
+            host, _, port = args.ray_address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(args.ray_address, **options)
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        sys.exit(f"error: {problem}: {reason.splitlines()[0]}")
+    ray._private.worker._worker_logs_enabled = False  # nothing of Ray's about an actor that died: ``receive`` tells it
+    if args.ray_address != "local":
         free = int(ray.available_resources().get("CPU", 0))
         args.num_actors = args.num_actors or max(free - 1, 1)
         if args.num_actors > free:
-            sys.exit(f"error: --num-actors {args.num_actors} is more than the cluster's {free} free CPUs: lower it")
+            sys.exit(f"error: --num-actors {args.num_actors} is more than the cluster's {free} free CPUs: lower it, or"
+                     " start more nodes")  # fmt: skip
     needed = args.num_actors * args.envs_per_actor * (CHUNK + args.n_step + HISTORY)
     if args.buffer_size < needed:
         sys.exit(f"error: --buffer-size {args.buffer_size} is too small for chunks of {args.num_actors} actors with"

@@ -16,12 +16,21 @@
 
 Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", https://arxiv.org/abs/1602.04621, and Osband et al. 2018,
 "Randomized Prior Functions for Deep Reinforcement Learning", https://arxiv.org/abs/1806.03335, with double Q-learning
-(van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461). The heads share the hidden layer too, not only the
-convolutions as in the paper: a hidden layer for each makes an update five times slower on a CPU.
+(van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461).
 
     python bootstrapped_dqn_atari.py --env-id Pong --seed 2
     python bootstrapped_dqn_atari.py --resume runs/Pong__bootstrapped_dqn_atari__2__20260131-120000
     python bootstrapped_dqn_atari.py --evaluate runs/Pong__bootstrapped_dqn_atari__2__20260131-120000/model.pt
+
+Unlike the papers: 9 heads, each learning from a transition with probability 0.9, a prior scale of 10, Adam and its
+learning rate, all of https://github.com/johannah/bootstrap_dqn; epsilon-greedy on top of the heads; one hidden layer
+for all heads (one for each makes an update five times slower on a CPU); one random network with a head for each
+prior; the squared error without clipping; FIRE at the start of a game or life.
+
+Unlike CleanRL's DQN, besides: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead
+of copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP
+after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even
+under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
 A good player's games of Atlantis never end: --max-episode-frames 2400000 cuts them off after 600,000 steps.
 """
@@ -55,6 +64,7 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 from tqdm import tqdm
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 try:
     import fcntl
@@ -72,13 +82,13 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 
 @dataclass
-class Args:
+class RunFlags:
     exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's name"""
+    """name of the experiment, a part of the run's name"""
     seed: int = 1
-    """seed of all that is random"""
-    torch_deterministic: bool = True
-    """make cuDNN choose deterministic algorithms"""
+    """random seed"""
+    total_timesteps: int = 10_000_000
+    """steps of the whole run, of all games together; a step is 4 emulator frames"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -90,40 +100,61 @@ class Args:
     wandb_group: str | None = None
     """group of the W&B run, to compare seeds"""
     run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
+    """folder in which each run gets a folder of its own"""
+    checkpoint_frequency: int = 500_000
+    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    resume: str | None = None
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
+
+
+@dataclass
+class WandbFlags:
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where W&B records the run; auto is online if you have logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """W&B project of the run"""
+    wandb_entity: str | None = None
+    """W&B team or user of the run; None is your own account"""
+    wandb_group: str | None = None
+    """W&B group of the run; None is one for each game and --exp-name"""
+
+
+@dataclass
+class EvaluationFlags:
+    evaluate: str | None = None
+    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
     capture_video: bool = True
-    """record the first game of each evaluation"""
+    """make a video of the first game of each evaluation"""
     video_length: int = 4500
-    """longest video, in agent steps (15 a second: 4500 are 5 minutes)"""
+    """longest video in steps, 15 a second; 4500 are 5 minutes"""
     eval_frequency: int = 500_000
-    """steps between two evaluations (0: only one, at the end)"""
+    """steps from one evaluation to the next; 0 evaluates only at the end"""
     eval_episodes: int = 5
-    """whole games in an evaluation"""
+    """games played in an evaluation"""
     eval_epsilon: float = 0.01
     """probability of a random action in an evaluation"""
-    checkpoint_frequency: int = 500_000
-    """steps between two checkpoints (0: only when stopped and at the end)"""
-    resume: str | None = None
-    """run folder or checkpoint.pt to go on with; its flags hold unless given anew"""
-    evaluate: str | None = None
-    """model.pt or checkpoint.pt to play and record, without training; its flags hold unless given anew"""
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same one here"""
-    total_timesteps: int = 10_000_000
-    """agent steps (4 emulator frames each) of the whole run, summed over the environments"""
-    num_envs: int = 8
-    """games played side by side (1: the serial algorithm of the paper)"""
-    num_workers: int | None = None
-    """processes that run the games (default: one per core, at most one per game; 0: the main process)"""
-    sticky_actions: float = 0.0
-    """probability that the emulator repeats the previous action in a frame"""
-    max_episode_frames: int = 108_000
-    """emulator frames (4 a step, 60 a second) after which a game is cut off"""
-    episodic_life: bool = True
-    """end the learning episode when a life is lost (the game goes on)"""
-    full_action_space: bool = False
-    """all 18 actions instead of the game's own"""
 
+
+@dataclass
+class GameFlags:
+    env_id: str = "Breakout"
+    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
+    num_envs: int = 8
+    """games played side by side"""
+    num_workers: int | None = None
+    """processes that run the games; None is one for each core, 0 runs them in the main process"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
+    max_episode_frames: int = 108_000
+    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    episodic_life: bool = True
+    """end an episode of learning when a life is lost; the game goes on"""
+    full_action_space: bool = False
+    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
+
+
+@dataclass
+class AlgorithmFlags:
     learning_rate: float = 6.25e-5
     """learning rate of Adam"""
     buffer_size: int = 1_000_000
@@ -133,58 +164,139 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 1
-    """rewards in a return before it bootstraps"""
+    """rewards that a return adds up before it bootstraps"""
     batch_size: int = 32
     """transitions in an update"""
     target_network_frequency: int = 10_000
-    """steps between two copies of the Q-network to the target network"""
+    """steps after which the target network becomes a copy of the Q-network"""
     start_e: float = 1.0
-    """epsilon at the first step"""
+    """epsilon, the probability of a random action, at the first step"""
     end_e: float = 0.01
-    """epsilon after the exploration fraction"""
+    """epsilon once it has fallen"""
     exploration_fraction: float = 0.10
-    """fraction of total-timesteps over which epsilon falls from start-e to end-e"""
+    """fraction of --total-timesteps in which epsilon falls from --start-e to --end-e"""
     learning_starts: int = 80_000
     """steps before the first update"""
     train_frequency: int = 4
     """steps for each update"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network's trunk; auto: bfloat16 on a CPU that has instructions for it, else float32"""
     num_heads: int = 9
-    """Q-functions that share the trunk"""
+    """Q-functions that share the trunk of the network"""
     mask_probability: float = 0.9
-    """probability with which a head learns from a transition"""
+    """probability that a head learns from a transition"""
     prior_scale: float = 10.0
-    """factor of the random network that is added to the heads and never trained (0: none)"""
+    """factor of the random network that is added to the heads and never trained; 0 leaves it out"""
     max_grad_norm: float = 5.0
-    """norm to which longer gradients are shortened"""
+    """a gradient with a larger norm is scaled down to this"""
     eval_head: int | None = None
-    """head that plays the evaluations (default: all vote)"""
+    """head that plays the evaluations; None lets all of them vote"""
+
+
+@dataclass
+class Args(AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags):
+    """All flags. ``--help`` shows them in these groups."""
+
+
+def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
+
+    def read(words: list[str]) -> int:
+        value = float(words[0])
+        if not value.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(value)
+
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [f"{value:_}"],
+    )
+
+
+def plain_switch(word: str) -> str:
+    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
+    flag, _, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
+        return word
+    return flag if value.lower() == "true" else f"--no-{name}"
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """The flags of the command line; those that are not given are as in ``default``.
+
+    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    """
+    groups = {
+        "algorithm": AlgorithmFlags,
+        "game": GameFlags,
+        "evaluation": EvaluationFlags,
+        "W&B": WandbFlags,
+        "run": RunFlags,
+    }
+    default = default or Args()
+    types, defaults = {}, {}
+    for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
+        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    registry = ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    parsed = tyro.cli(
+        TypedDict("Flags", types),
+        args=[plain_switch(word) for word in sys.argv[1:]],
+        default=defaults,
+        description=__doc__.splitlines()[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    args = Args()
+    for group in parsed.values():
+        vars(args).update(vars(group))
+    if "" in (args.resume, args.evaluate):
+        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    args.env_id = game_name(args.env_id)
+    return args
 
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if a flag is out of its range."""
-    ranges = {"learning_rate exploration_fraction": (1e-12, 1), "num_workers": (0, args.num_envs), "seed": (0, 2**31)}
-    ranges["num_heads"], ranges["eval_head"] = (1, 31), (0, args.num_heads - 1)
-    ranges["mask_probability"], ranges["max_grad_norm"] = (1e-12, 1), (1e-12, math.inf)
-    ranges["prior_scale"] = (0, math.inf)
-    ranges["eval_epsilon sticky_actions gamma start_e end_e"] = (0, 1)
-    ranges["eval_frequency checkpoint_frequency learning_starts"] = (0, math.inf)
-    ranges["video_length eval_episodes total_timesteps num_envs max_episode_frames"] = (1, math.inf)
-    ranges["buffer_size n_step batch_size target_network_frequency train_frequency"] = (1, math.inf)
-    for names, (low, high) in ranges.items():
+    ranges = [
+        ("total_timesteps video_length eval_episodes max_episode_frames", 1, 10**12),
+        ("checkpoint_frequency eval_frequency", 0, 10**12),
+        ("seed", 0, 2**31),
+        ("sticky_actions eval_epsilon", 0, 1),
+        ("num_envs", 1, 10_000),  # a game takes 1 MB
+        ("num_workers", 0, args.num_envs),
+        ("learning_rate exploration_fraction", 1e-12, 1),
+        ("gamma start_e end_e", 0, 1),
+        ("buffer_size", 1, 10**9),  # drawn from with numbers below 2**31
+        ("n_step", 1, 100),
+        ("batch_size", 1, 2**14),  # an update takes 0.4 MB for each
+        ("learning_starts", 0, 10**12),
+        ("train_frequency target_network_frequency", 1, 10**12),
+        ("num_heads", 1, 31),  # a mask is the bits of an int32
+        ("eval_head", 0, args.num_heads - 1),
+        ("mask_probability", 1e-12, 1),
+        ("prior_scale", 0, 1000),
+        ("max_grad_norm", 1e-12, 10**6),
+    ]
+    for names, low, high in ranges:
         for name in names.split():
             value = getattr(args, name)
-            limit = f"between {low} and {high}" if high < math.inf else f"at least {low}"
-            if value is not None and not low <= value <= high:
-                sys.exit(f"error: --{name.replace('_', '-')} is {value}: it must be {limit}")
-    if args.resume and args.evaluate:
-        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+            if value is not None and not low <= value <= high:  # nan is not in any range
+                flag = f"--{name.replace('_', '-')}"
+                sys.exit(f"error: {flag} is {value:,}: it must be between {low:,} and {high:,}")
     rows = min(args.learning_starts // args.num_envs, args.buffer_size // args.num_envs - HISTORY)
     usable = max(rows - args.n_step, 0) * args.num_envs
     if args.batch_size > usable and not args.evaluate:
-        sys.exit(f"error: --batch-size {args.batch_size} is more than the {usable} transitions that are stored when"
-                 " learning starts: lower it, or raise --learning-starts and --buffer-size")  # fmt: skip
+        stored = f"the {usable} transitions that are stored when learning starts"
+        advice = "lower it, or raise --learning-starts and --buffer-size"
+        sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
 
 
 def find_device(name: str) -> torch.device:
@@ -258,12 +370,11 @@ def game_name(env_id: str) -> str:
 
     Ends the program with the closest names if there is no such game.
     """
-    games = {spec[4:-3] for spec in gym.registry if re.fullmatch(r"ALE/\w+-v5", spec)}
+    games = [name.removeprefix("ALE/").removesuffix("-v5") for name in gym.registry if name.startswith("ALE/")]
     name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
     if name not in games:
-        lower = {game.lower(): game for game in games}
-        close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, cutoff=0.5)]
-        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close or ['Breakout', 'Pong'])}?")
+        close = difflib.get_close_matches(name, games) or ["Breakout", "Pong"]
+        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close)}?")
     return name
 
 

@@ -14,12 +14,19 @@
 # ///
 """Deep Q-learning (DQN) on Atari with a video that shows how the network decides, in one file.
 
-Training is that of dqn_atari.py, and the models of both scripts play in both. The video is made of panels: to add one
-of your own, write a class like those in the section "panels" and name it in ``PANELS``.
+Training is that of dqn_atari.py (Mnih et al. 2015, https://www.nature.com/articles/nature14236, with Adam and the
+settings of CleanRL), and the models of both scripts play in both. The video is made of panels: to add one of your
+own, write a class like those in the section "panels" and name it in ``PANELS``.
 
+    python dqn_atari_visual.py --env-id Pong --seed 2
     python dqn_atari_visual.py --evaluate runs/Pong__dqn_atari__2__20260131-120000/model.pt
     python dqn_atari_visual.py --evaluate runs/.../model.pt --panels game q_values surprise --saliency gradient
-    python dqn_atari_visual.py --env-id Pong --seed 2
+
+Unlike the paper but like CleanRL: Adam, the squared error without clipping, FIRE at the start of a game or life, most
+numbers. Unlike CleanRL: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead of
+copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP
+after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even
+under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 """
 
 import atexit
@@ -52,6 +59,7 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 from tqdm import tqdm
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 try:
     import fcntl
@@ -68,13 +76,13 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 
 @dataclass
-class Args:
+class RunFlags:
     exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's name"""
+    """name of the experiment, a part of the run's name"""
     seed: int = 1
-    """seed of all that is random"""
-    torch_deterministic: bool = True
-    """make cuDNN choose deterministic algorithms"""
+    """random seed"""
+    total_timesteps: int = 10_000_000
+    """steps of the whole run, of all games together; a step is 4 emulator frames"""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -86,40 +94,65 @@ class Args:
     wandb_group: str | None = None
     """group of the W&B run, to compare seeds"""
     run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
+    """folder in which each run gets a folder of its own"""
+    checkpoint_frequency: int = 500_000
+    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    resume: str | None = None
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
+
+
+@dataclass
+class WandbFlags:
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where W&B records the run; auto is online if you have logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """W&B project of the run"""
+    wandb_entity: str | None = None
+    """W&B team or user of the run; None is your own account"""
+    wandb_group: str | None = None
+    """W&B group of the run; None is one for each game and --exp-name"""
+
+
+@dataclass
+class EvaluationFlags:
+    evaluate: str | None = None
+    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
     capture_video: bool = True
-    """record the first game of each evaluation"""
+    """make a video of the first game of each evaluation"""
     video_length: int = 4500
-    """longest video, in agent steps (15 a second: 4500 are 5 minutes)"""
+    """longest video in steps, 15 a second; 4500 are 5 minutes"""
     eval_frequency: int = 500_000
-    """steps between two evaluations (0: only one, at the end)"""
+    """steps from one evaluation to the next; 0 evaluates only at the end"""
     eval_episodes: int = 5
-    """whole games in an evaluation"""
+    """games played in an evaluation"""
     eval_epsilon: float = 0.01
     """probability of a random action in an evaluation"""
-    checkpoint_frequency: int = 500_000
-    """steps between two checkpoints (0: only when stopped and at the end)"""
-    resume: str | None = None
-    """run folder or checkpoint.pt to go on with; its flags hold unless given anew"""
-    evaluate: str | None = None
-    """model.pt or checkpoint.pt to play and record, without training; its flags hold unless given anew"""
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same one here"""
-    total_timesteps: int = 10_000_000
-    """agent steps (4 emulator frames each) of the whole run, summed over the environments"""
-    num_envs: int = 8
-    """games played side by side (1: the serial algorithm of the paper)"""
-    num_workers: int | None = None
-    """processes that run the games (default: one per core, at most one per game; 0: the main process)"""
-    sticky_actions: float = 0.0
-    """probability that the emulator repeats the previous action in a frame"""
-    max_episode_frames: int = 108_000
-    """emulator frames (4 a step, 60 a second) after which a game is cut off"""
-    episodic_life: bool = True
-    """end the learning episode when a life is lost (the game goes on)"""
-    full_action_space: bool = False
-    """all 18 actions instead of the game's own"""
+    panels: tuple[str, ...] = ()
+    """parts of the video, in this order, of game q_values frames history surprise facts; all if none is named"""
+    saliency: Literal["none", "gradient", "perturbation"] = "perturbation"
+    """which pixels move the greedy action's Q-value, found by the gradient or by blurring them, drawn over the game"""
 
+
+@dataclass
+class GameFlags:
+    env_id: str = "Breakout"
+    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
+    num_envs: int = 8
+    """games played side by side"""
+    num_workers: int | None = None
+    """processes that run the games; None is one for each core, 0 runs them in the main process"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
+    max_episode_frames: int = 108_000
+    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    episodic_life: bool = True
+    """end an episode of learning when a life is lost; the game goes on"""
+    full_action_space: bool = False
+    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
+
+
+@dataclass
+class AlgorithmFlags:
     learning_rate: float = 1e-4
     """learning rate of Adam"""
     buffer_size: int = 1_000_000
@@ -129,52 +162,127 @@ class Args:
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 1
-    """rewards in a return before it bootstraps"""
+    """rewards that a return adds up before it bootstraps"""
     batch_size: int = 32
     """transitions in an update"""
     target_network_frequency: int = 1000
-    """steps between two copies of the Q-network to the target network"""
+    """steps after which the target network becomes a copy of the Q-network"""
     start_e: float = 1.0
-    """epsilon at the first step"""
+    """epsilon, the probability of a random action, at the first step"""
     end_e: float = 0.01
-    """epsilon after the exploration fraction"""
+    """epsilon once it has fallen"""
     exploration_fraction: float = 0.10
-    """fraction of total-timesteps over which epsilon falls from start-e to end-e"""
+    """fraction of --total-timesteps in which epsilon falls from --start-e to --end-e"""
     learning_starts: int = 80_000
     """steps before the first update"""
     train_frequency: int = 4
     """steps for each update"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network's trunk; auto: bfloat16 on a CPU that has instructions for it, else float32"""
-    panels: tuple[str, ...] = ()
-    """parts of the video, in this order: game q_values frames history surprise facts; all if none is named"""
-    saliency: Literal["none", "gradient", "perturbation"] = "perturbation"
-    """which pixels move the greedy action's Q-value, drawn over the game: by gradient, or by blurring"""
+
+
+@dataclass
+class Args(AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags):
+    """All flags. ``--help`` shows them in these groups."""
+
+
+def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
+
+    def read(words: list[str]) -> int:
+        value = float(words[0])
+        if not value.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(value)
+
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [f"{value:_}"],
+    )
+
+
+def plain_switch(word: str) -> str:
+    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
+    flag, _, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
+        return word
+    return flag if value.lower() == "true" else f"--no-{name}"
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """The flags of the command line; those that are not given are as in ``default``.
+
+    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    """
+    groups = {
+        "algorithm": AlgorithmFlags,
+        "game": GameFlags,
+        "evaluation": EvaluationFlags,
+        "W&B": WandbFlags,
+        "run": RunFlags,
+    }
+    default = default or Args()
+    types, defaults = {}, {}
+    for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
+        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    registry = ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    parsed = tyro.cli(
+        TypedDict("Flags", types),
+        args=[plain_switch(word) for word in sys.argv[1:]],
+        default=defaults,
+        description=__doc__.splitlines()[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    args = Args()
+    for group in parsed.values():
+        vars(args).update(vars(group))
+    if "" in (args.resume, args.evaluate):
+        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    args.env_id = game_name(args.env_id)
+    return args
 
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if a flag is out of its range."""
-    ranges = {"learning_rate exploration_fraction": (1e-12, 1), "num_workers": (0, args.num_envs), "seed": (0, 2**31)}
-    ranges["eval_epsilon sticky_actions gamma start_e end_e"] = (0, 1)
-    ranges["eval_frequency checkpoint_frequency learning_starts"] = (0, math.inf)
-    ranges["video_length eval_episodes total_timesteps num_envs max_episode_frames"] = (1, math.inf)
-    ranges["buffer_size n_step batch_size target_network_frequency train_frequency"] = (1, math.inf)
-    for names, (low, high) in ranges.items():
+    ranges = [
+        ("total_timesteps video_length eval_episodes max_episode_frames", 1, 10**12),
+        ("checkpoint_frequency eval_frequency", 0, 10**12),
+        ("seed", 0, 2**31),
+        ("sticky_actions eval_epsilon", 0, 1),
+        ("num_envs", 1, 10_000),  # a game takes 1 MB
+        ("num_workers", 0, args.num_envs),
+        ("learning_rate exploration_fraction", 1e-12, 1),
+        ("gamma start_e end_e", 0, 1),
+        ("buffer_size", 1, 10**9),  # drawn from with numbers below 2**31
+        ("n_step", 1, 100),
+        ("batch_size", 1, 2**14),  # an update takes 0.4 MB for each
+        ("learning_starts", 0, 10**12),
+        ("train_frequency target_network_frequency", 1, 10**12),
+    ]
+    for names, low, high in ranges:
         for name in names.split():
             value = getattr(args, name)
-            limit = f"between {low} and {high}" if high < math.inf else f"at least {low}"
-            if value is not None and not low <= value <= high:
-                sys.exit(f"error: --{name.replace('_', '-')} is {value}: it must be {limit}")
-    if args.resume and args.evaluate:
-        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+            if value is not None and not low <= value <= high:  # nan is not in any range
+                flag = f"--{name.replace('_', '-')}"
+                sys.exit(f"error: {flag} is {value:,}: it must be between {low:,} and {high:,}")
     for name in args.panels:
         if name not in PANELS:
             sys.exit(f"error: --panels {name} is no panel: there are {', '.join(PANELS)}")
     rows = min(args.learning_starts // args.num_envs, args.buffer_size // args.num_envs - HISTORY)
     usable = max(rows - args.n_step, 0) * args.num_envs
     if args.batch_size > usable and not args.evaluate:
-        sys.exit(f"error: --batch-size {args.batch_size} is more than the {usable} transitions that are stored when"
-                 " learning starts: lower it, or raise --learning-starts and --buffer-size")  # fmt: skip
+        stored = f"the {usable} transitions that are stored when learning starts"
+        advice = "lower it, or raise --learning-starts and --buffer-size"
+        sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
 
 
 def find_device(name: str) -> torch.device:
@@ -248,12 +356,11 @@ def game_name(env_id: str) -> str:
 
     Ends the program with the closest names if there is no such game.
     """
-    games = {spec[4:-3] for spec in gym.registry if re.fullmatch(r"ALE/\w+-v5", spec)}
+    games = [name.removeprefix("ALE/").removesuffix("-v5") for name in gym.registry if name.startswith("ALE/")]
     name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
     if name not in games:
-        lower = {game.lower(): game for game in games}
-        close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, cutoff=0.5)]
-        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close or ['Breakout', 'Pong'])}?")
+        close = difflib.get_close_matches(name, games) or ["Breakout", "Pong"]
+        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close)}?")
     return name
 
 
@@ -984,21 +1091,25 @@ class Box(NamedTuple):
 class Canvas:
     """The picture (uint8 [height, width, 3], RGB) and what panels draw on it."""
 
+    TITLE = 30  # height of a title with the gap below it
+
     def __init__(self, width: int, height: int):
         self.picture = np.empty((height, width, 3), np.uint8)
 
-    def text(self, text, x, y, color=TEXT, size=18, weight=400, right=False) -> int:
+    def text(self, text, x, y, color=TEXT, size=16, weight=400, right=False) -> int:
         """Writes on the baseline y, from x or, with ``right``, up to x; returns the x at which the text ends."""
         align = cv2.PUT_TEXT_ALIGN_RIGHT if right else cv2.PUT_TEXT_ALIGN_LEFT
-        return cv2.putText(self.picture, text, (x, y), color, FONT, size, weight, align)[0][0]
+        end, _ = cv2.putText(self.picture, text, (x, y), color, FONT, size, weight, align)
+        return end[0]
 
     def title(self, box: Box, text: str, figure: str = "", key: dict | None = None) -> Box:
         """Heads a panel: title, words in the colors that they explain, a figure at the right. Returns the box below."""
-        x = self.text(text, box.left, box.top + 16, QUIET)
+        baseline = box.top + 16
+        x = self.text(text, box.left, baseline, QUIET)
         for word, color in (key or {}).items():
-            x = self.text(word, x + 14, box.top + 16, color)
-        self.text(figure, box.right, box.top + 16, QUIET, right=True)
-        return box._replace(top=box.top + 30)
+            x = self.text(word, x + 14, baseline, color)
+        self.text(figure, box.right, baseline, QUIET, right=True)
+        return box._replace(top=box.top + self.TITLE)
 
     def image(self, box: Box, image: np.ndarray) -> None:
         """Fills the box with an image (uint8 [h, w] or [h, w, 3]) and does not smooth its pixels."""
@@ -1006,29 +1117,37 @@ class Canvas:
         image = image if image.ndim == 3 else cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
         cv2.resize(image, part.shape[1::-1], dst=part, interpolation=cv2.INTER_NEAREST)
 
+    def fill(self, left: int, top: int, right: int, bottom: int, color) -> None:
+        """A rectangle, its edges included."""
+        cv2.rectangle(self.picture, (left, top), (right, bottom), color, -1)
+
     def curves(self, box: Box, values, color=GREEDY, thickness=2, span: tuple[float, float] | None = None) -> None:
         """Values of the last steps (float [steps] or [curves, steps]); ``span``: those at bottom and top of the box."""
         values = np.atleast_2d(np.asarray(values, float))
-        y = y_axis(box, values, *(span or finite_range(values)))
+        low, high = span or finite_range(values, TRACE_SPAN)
         x = x_axis(box, values.shape[1])
-        points = [np.stack([x, row], 1)[np.isfinite(row)].round().astype(np.int32) for row in y]
-        cv2.polylines(self.picture, points, False, color, thickness, cv2.LINE_AA)
+        curves = []
+        for y in y_axis(box, values, low, high):
+            points = np.stack([x, y], 1)[np.isfinite(y)]
+            curves.append(points.round().astype(np.int32))
+        cv2.polylines(self.picture, curves, False, color, thickness, cv2.LINE_AA)
 
 
 def x_axis(box: Box, count: int) -> np.ndarray:
     """Where the last ``count`` steps stand, the current one at the right edge: float [count]."""
-    return box.right - np.arange(count)[::-1] * (box.right - box.left) / (TRACE_STEPS - 1)
+    steps_ago = np.arange(count)[::-1]
+    return box.right - steps_ago * (box.right - box.left) / (TRACE_STEPS - 1)
 
 
 def y_axis(box: Box, values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Where the values stand, ``low`` at the bottom of the box and ``high`` at its top."""
-    return box.bottom - (values - low) / ((high - low) or 1.0) * (box.bottom - box.top)
+    return box.bottom - (values - low) / (high - low) * (box.bottom - box.top)
 
 
 class Step(NamedTuple):
     """What is kept of a step for the panels that look back."""
 
-    q_values: np.ndarray  # float32 [actions]
+    q_values: np.ndarray  # float32 [actions]; NaN at the end of a game, where there is nothing left to gain
     action: int  # the one taken
     reward: float  # true reward that came with this state
     life_lost: bool  # on the way to this state
@@ -1045,68 +1164,90 @@ class Game:
     """The screen and, over it, the pixels behind the greedy action's Q-value."""
 
     width, height = 480, 720  # in pixels: a column of its own
+    CAPTIONS = 90  # height of the lines below the screen
+    LEAST = 0.01  # changes of the Q-value below this, or this share of it if it is above 1, have less than full color
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
-        screen, saliency = state.env.ale.getScreenRGB(), state.saliency
-        if saliency is not None and math.isfinite(peak := float(saliency.max())):
-            heat = 0.8 * cv2.resize(saliency / (peak or 1.0), screen.shape[1::-1])[:, :, None]
-            screen = (screen + heat * (np.array(HEAT) - screen)).astype(np.uint8)
-            q_value = f"Q(s, {state.env.action_names[state.greedy]})"
-            caption = {
-                "gradient": f"slope of {q_value}, up to {peak:.2g} a gray level",
-                "perturbation": f"where blurring moves {q_value}, by up to {(2 * peak) ** 0.5:.2g}",
-            }[state.args.saliency]
-            canvas.text(caption, box.left + 20, box.bottom - 13, HEAT, 15)
-        canvas.image(box._replace(bottom=box.bottom - 90), screen)
-        canvas.text(state.env.game, box.left + 20, box.bottom - 62, TEXT, 22, 600)
-        canvas.text(state.subtitle, box.left + 20, box.bottom - 38, QUIET, 15)
+        screen = state.env.screen()
+        left, right = box.left + 20, box.right - 20
+        top = box.bottom - self.CAPTIONS
+        canvas.text(state.env.game, left, top + 23, TEXT, 22, 600)
+        canvas.text(state.notice, right, top + 23, CHOSEN, 15, 600, right=True)
+        canvas.text(state.subtitle, left, top + 44, QUIET, 15)
+        if state.saliency is not None and np.isfinite(state.saliency).all():
+            heat, title, scale = self.heat(state)
+            canvas.text(title, left, top + 63, HEAT, 15)
+            canvas.text(scale, left, top + 82, HEAT, 15)
+            opacity = 0.8 * cv2.resize(heat, screen.shape[1::-1])[:, :, None]
+            screen = (screen + opacity * (np.array(HEAT) - screen)).astype(np.uint8)
+        canvas.image(box._replace(bottom=top), screen)
+
+    def heat(self, state: "Overlay") -> tuple[np.ndarray, str, str]:
+        """The saliency map between 0 and 1, full color, and two lines that say what it shows."""
+        q_value = f"Q(s, {state.env.action_names[state.greedy]})"
+        peak = float(state.saliency.max())
+        if state.args.saliency == "gradient":  # the map holds changes a gray level
+            change = 255 * peak
+            title, scale = f"slope of {q_value} in each pixel", f"up to {change:.2g} from black to white"
+        else:  # the map holds halves of squared changes
+            change = math.sqrt(2 * peak)
+            title, scale = f"where blurring moves {q_value}", f"by up to {change:.2g}"
+        least = self.LEAST * max(1.0, abs(float(state.q_values[state.greedy])))
+        heat = min(1.0, change / least) * state.saliency / (peak or 1.0)
+        return heat, title, f"{scale}, full color at {max(change, least):.2g}"
 
 
 class QValues:
     """One bar an action, its length the Q-value's distance from the lowest: values often differ by a percent."""
 
     width, height = 1 / 2, 374
+    NAMES, NUMBERS = 136, 104  # widths of the columns at the left and at the right of the bars
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
-        taken = "taken" if state.action == state.greedy else "taken to explore"
-        box = canvas.title(box, "Q(s, a)", key={"greedy": GREEDY, taken: CHOSEN})
-        low, high = finite_range(state.q_values)
+        if state.env.game_ended:
+            outcome = f"return {state.env.episode_return:,.0f} after {state.env.episode_length:,} steps"
+            canvas.text(state.notice, box.left, box.top + 64, TEXT, 22, 600)
+            canvas.text(outcome, box.left, box.top + 94, QUIET, 18)
+            return
+        low, high = finite_range(state.q_values, BAR_SPAN)
+        key = {"greedy": GREEDY, "taken" if state.action == state.greedy else "exploring": CHOSEN}
+        box = canvas.title(box, "Q(s, a)", f"full bar {high - low:.2g}", key)
         names = state.env.action_names
         pitch = min(44, (box.bottom - box.top) // len(names))
         size = min(20, pitch - 3, 200 // max(map(len, names)))
-        left, right = box.left + 136, box.right - 92
+        left, right = box.left + self.NAMES, box.right - self.NUMBERS
         for i, (name, value) in enumerate(zip(names, state.q_values.tolist())):
-            y = box.top + i * pitch
-            length = round((right - left) * (value - low) / (high - low)) if math.isfinite(value) and high > low else 0
-            color = GREEDY if i == state.greedy else BAR
-            cv2.rectangle(canvas.picture, (left, y + 3), (left + max(length, 1), y + pitch - 4), color, -1)
+            top, bottom = box.top + i * pitch, box.top + (i + 1) * pitch - 1
+            baseline = top + (pitch + size) // 2 - 2
+            length = round((right - left) * (value - low) / (high - low)) if math.isfinite(value) else 0
+            canvas.fill(left, top + 3, left + max(length, 1), bottom - 3, GREEDY if i == state.greedy else BAR)
             if i == state.action:
-                cv2.rectangle(canvas.picture, (left - 4, y), (right + 4, y + pitch - 1), CHOSEN, 2)
+                cv2.rectangle(canvas.picture, (left - 4, top), (right + 4, bottom), CHOSEN, 2)
             color, weight = (TEXT, 600) if i in (state.greedy, state.action) else (QUIET, 400)
-            canvas.text(name, box.left, y + (pitch + size) // 2 - 2, color, size, weight)
-            canvas.text(number(value), box.right, y + (pitch + size) // 2 - 2, color, size, weight, right=True)
+            canvas.text(name, box.left, baseline, color, size, weight)
+            canvas.text(number(value), box.right, baseline, color, size, weight, right=True)
 
 
 class Frames:
     """The observation as it is: all that the network sees."""
 
     width, height = 1 / 2, 374
+    GAP = 8  # pixels between frames
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
         box = canvas.title(box, "what the network sees, newest last")
-        gap = 8
-
-        def fit(columns: int) -> int:
-            """The largest size of a frame in so many columns."""
-            rows = STACK // columns
-            width, height = box.right - box.left + gap, box.bottom - box.top + gap
-            return min(width // columns, height // rows) - gap
-
-        columns = max(2, 4, key=fit)
-        size = fit(columns)
+        columns = max((2, 4), key=lambda columns: self.size(box, columns))
+        size = self.size(box, columns)
         for i, frame in enumerate(state.env.stack):
-            x, y = box.left + i % columns * (size + gap), box.top + i // columns * (size + gap)
+            x = box.left + i % columns * (size + self.GAP)
+            y = box.top + i // columns * (size + self.GAP)
             canvas.image(Box(x, y, x + size, y + size), frame)
+
+    def size(self, box: Box, columns: int) -> int:
+        """The largest side of a frame if they stand in so many columns."""
+        rows = STACK // columns
+        width, height = box.right - box.left + self.GAP, box.bottom - box.top + self.GAP
+        return min(width // columns, height // rows) - self.GAP
 
 
 class History:
@@ -1116,17 +1257,16 @@ class History:
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
         q_values = np.array([step.q_values for step in state.steps], float).T
-        low, high = finite_range(q_values)
+        low, high = finite_range(q_values, TRACE_SPAN)
         key = {"V(s)": GREEDY, "exploring": CHOSEN, "reward": GAIN, "penalty": LOSS, "life lost": LIFE}
         box = canvas.title(box, "Q of every action, last 10 s", f"{number(low)} to {number(high)}", key)
-        cv2.line(canvas.picture, (box.left, box.bottom), (box.right, box.bottom), GRID, 1)
+        canvas.fill(box.left, box.bottom, box.right, box.bottom, GRID)
         x = x_axis(box, len(state.steps)).round().astype(int).tolist()
         for at, step in zip(x, state.steps):
             if step.life_lost:
-                cv2.rectangle(canvas.picture, (at - 1, box.top), (at + 1, box.bottom), LIFE, -1)
+                canvas.fill(at - 1, box.top, at + 1, box.bottom, LIFE)
             if step.reward:
-                color = GAIN if step.reward > 0 else LOSS
-                cv2.line(canvas.picture, (at, box.top), (at, box.bottom), color, 1)
+                canvas.fill(at, box.top, at, box.bottom, GAIN if step.reward > 0 else LOSS)
         canvas.curves(box, q_values, QUIET, 1, (low, high))
         canvas.curves(box, q_values.max(0), GREEDY, 2, (low, high))
         y = y_axis(box, q_values, low, high)
@@ -1142,31 +1282,38 @@ class Surprise:
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
         surprises = np.array([step.surprise for step in state.steps])
-        most = max(map(abs, finite_range(surprises)))
+        most = max(TRACE_SPAN, *map(abs, finite_range(surprises)))
         title = f"surprise: r + {state.args.gamma:g} max Q(s') - Q(s, a)"
-        figure = f"now {number(surprises[-1])}, largest {number(most)}"
+        figure = f"now {number(surprises[-1])}, full height {number(most)}"
         box = canvas.title(box, title, figure, {"better": GAIN, "worse": LOSS})
-        zero = (box.top + box.bottom) // 2
-        cv2.line(canvas.picture, (box.left, zero), (box.right, zero), GRID, 1)
-        x, y = x_axis(box, len(surprises)), y_axis(box, surprises, -most, most)
+        x = x_axis(box, len(surprises)).round().astype(int).tolist()
+        y = y_axis(box, surprises, -most, most)
+        zero = round((box.top + box.bottom) / 2)
+        canvas.fill(box.left, zero, box.right, zero, GRID)
         for at, end, surprise in zip(x, y, surprises):
-            if math.isfinite(surprise) and surprise:
-                color = GAIN if surprise > 0 else LOSS
-                cv2.rectangle(canvas.picture, (round(at) - 1, zero), (round(at) + 1, round(end)), color, -1)
+            if math.isfinite(end) and round(end) != zero:
+                canvas.fill(at - 1, zero, at + 1, round(end), GAIN if surprise > 0 else LOSS)
 
 
 class Facts:
     """Where the game stands."""
 
     width, height = 1, 52
+    COLUMNS = {"return": 0, "clipped return": 0.18, "step": 0.4, "epsilon": 0.53, "unique frames": 0.68, "lives": 0.91}
 
     def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
         env = state.env
-        facts = {"return": f"{env.episode_return:,.0f}", "clipped return": f"{state.clipped_return:,.0f}"}
-        facts |= {"step": f"{env.episode_length:,}", "epsilon": f"{state.args.eval_epsilon:g}"}
-        facts |= {"unique frames": f"{env.unique_frames:.2f}", "lives": str(env.lives)}
-        for share, (name, value) in zip((0, 0.18, 0.4, 0.53, 0.68, 0.91), facts.items()):
-            x = box.left + round(share * (box.right - box.left))
+        facts = {
+            "return": f"{env.episode_return:,.0f}",
+            "clipped return": f"{state.clipped_return:,.0f}",
+            "step": f"{env.episode_length:,}",
+            "epsilon": f"{state.args.eval_epsilon:g}",
+            "unique frames": f"{env.unique_frames:.2f}",
+        }
+        if state.has_lives:
+            facts["lives"] = str(env.lives)
+        for name, value in facts.items():
+            x = box.left + round(self.COLUMNS[name] * (box.right - box.left))
             canvas.text(name, x, box.top + 16, QUIET)
             canvas.text(value, x, box.top + 45, TEXT, 24, 600)
 
@@ -1184,13 +1331,15 @@ PANELS = {
 class Overlay(gym.Wrapper):
     """Draws the game and what the network thinks of it, in the panels that ``args.panels`` names, 1280x720, RGB.
 
-    Call ``think`` with the values of the state before each ``step``; ``render`` then returns the picture of that
-    state (one array, overwritten by the next call). Drawing is left to ``render``: steps that are not recorded cost
-    nothing.
+    Call ``think`` with the values of the state before each ``step``, and ``end`` after the last step of a game;
+    ``render`` then returns the picture of that state (one array, overwritten by the next call). Drawing is left to
+    ``render``: steps that are not recorded cost nothing.
 
     Panels read ``env`` (the game, ``env.stack`` what the network sees of it), ``q_values`` (float32 [actions]),
     ``greedy`` and ``action`` (int), ``saliency`` (float32 [84, 84] or None), ``steps`` (the last 10 seconds, each a
-    ``Step``, the current one last), ``clipped_return``, ``subtitle`` and ``args``.
+    ``Step``, the current one last), ``clipped_return``, ``has_lives``, ``notice`` (how the game or the video ended),
+    ``subtitle`` and ``args``. At the end of a game (``env.game_ended``) no action is taken, and if it was not cut off
+    the Q-values are NaN.
     """
 
     WIDTH, HEIGHT, MARGIN = 1280, 720, 20
@@ -1228,7 +1377,8 @@ class Overlay(gym.Wrapper):
     def new_game(self) -> None:
         self.steps = deque(maxlen=TRACE_STEPS)
         self.last_return = self.clipped_return = self.reward = 0.0
-        self.terminated = False
+        self.terminated = self.truncated = self.has_lives = False
+        self.notice = ""
 
     def reset(self, **kwargs):
         if self.env.game_ended:
@@ -1236,9 +1386,9 @@ class Overlay(gym.Wrapper):
         return self.env.reset(**kwargs)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        observation, self.reward, self.terminated, truncated, info = self.env.step(action)
+        observation, self.reward, self.terminated, self.truncated, info = self.env.step(action)
         self.clipped_return += self.reward
-        return observation, self.reward, self.terminated, truncated, info
+        return observation, self.reward, self.terminated, self.truncated, info
 
     def think(self, q_values: np.ndarray, action: int, saliency: np.ndarray | None = None) -> None:
         """Notes the network's Q-values (float32 [actions]) of the current state, the action about to be taken and the
@@ -1247,20 +1397,31 @@ class Overlay(gym.Wrapper):
         The surprise is the one-step TD error of the step before as training has it, with the clipped reward and, under
         ``episodic_life``, no value after a lost life, but with the bootstrap of the Q-network itself.
         """
-        surprise, reward = 0.0, self.env.episode_return - self.last_return
-        life_lost = bool(self.steps) and self.env.lives < self.lives
+        surprise, life_lost = 0.0, False
         if self.steps:
             last, value = self.steps[-1], 0.0 if self.terminated else float(q_values.max())
             surprise = self.reward + self.args.gamma * value - float(last.q_values[last.action])
-        self.q_values, self.action, self.greedy, self.saliency = q_values, action, int(np.argmax(q_values)), saliency
-        self.steps.append(Step(q_values, action, reward, life_lost, surprise))
+            life_lost = self.env.lives < self.lives
+        self.q_values, self.saliency = q_values, saliency
+        self.greedy, self.action = int(np.argmax(q_values)), action
+        self.steps.append(Step(q_values, action, self.env.episode_return - self.last_return, life_lost, surprise))
         self.last_return, self.lives = self.env.episode_return, self.env.lives
+        self.has_lives |= self.lives > 0
+
+    def end(self, q_values: np.ndarray) -> None:
+        """Notes the end of a game, with the Q-values of its last observation: they count only if it was cut off."""
+        if self.terminated:
+            q_values = np.full_like(q_values, np.nan)
+        self.think(q_values, int(np.argmax(q_values)))
+        self.notice = "cut off at the frame limit" if self.truncated else "game over"
 
     def render(self) -> np.ndarray:
         height, width, _ = self.canvas.picture.shape
         cv2.rectangle(self.canvas.picture, (0, 0), (width - 1, height - 1), GROUND, -1)
         for name, panel in self.panels.items():
             panel.draw(self.canvas, self.boxes[name], self)
+        if "game" not in self.panels:  # which shows the notice below the screen
+            self.canvas.text(self.notice, width - self.MARGIN, height - 5, CHOSEN, 15, 600, right=True)
         return self.canvas.picture
 
 
@@ -1557,10 +1718,12 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
     ends it early, without results.
     """
-    env = Overlay(Atari(args), f"{args.exp_name} \u2022 trained {global_step:,} steps", args)
+    game = Atari(args)
+    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
+    game.recording = recorder.active
     episodes, action_counts = [], np.zeros(env.action_space.n, np.int64)
     # one array for all: a queue of small ones, made and freed among large buffers, lets the heap grow without end
     last_q_values = np.full((HISTOGRAM_STATES, env.action_space.n), np.nan, np.float32)
@@ -1568,20 +1731,24 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     while len(episodes) < args.eval_episodes and not stopped():
         observation = upload(observation, device)
         q_values, action = agent.think(observation)
-        saliency, recorded = None, not episodes and recorder.count < recorder.length
-        if recorded and args.saliency != "none":
+        saliency = None
+        if recorder.active and args.saliency != "none":
             saliency = SALIENCY[args.saliency](agent.q_network, observation, action)
         if rng.random() < args.eval_epsilon:
             action = int(rng.integers(env.action_space.n))
         env.think(q_values, action, saliency)
-        if recorded:
-            recorder.write(env)
+        recorder.write(env)
         last_q_values[action_counts.sum() % HISTOGRAM_STATES] = q_values
         action_counts[action] += 1
         observation, _, terminated, truncated, info = env.step(action)
+        if info:  # the end of the game is the last picture
+            env.end(agent.think(upload(observation, device))[0])
+            recorder.write(env)
+            recorder.close()
+            episodes.append(info["episode"])
+        game.recording = recorder.active
         if terminated or truncated:
             observation, _ = env.reset()
-        episodes += [info["episode"]] if info else []
     recorder.close()
     if len(episodes) < args.eval_episodes:
         return

@@ -14,13 +14,21 @@
 # ///
 """Proximal policy optimization (PPO) on Atari, in one file, on one process or many.
 
-Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347, with the details and
-settings of CleanRL. Under torchrun the environments and minibatches are divided over the processes, which learn as one.
+Schulman et al. 2017, "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347, with the details
+and settings of CleanRL. Under torchrun the environments and minibatches are divided over the processes, which learn
+as one.
 
     python ppo_atari.py --env-id Pong --seed 2
     python ppo_atari.py --resume runs/Pong__ppo_atari__2__20260131-120000
     python ppo_atari.py --evaluate runs/Pong__ppo_atari__2__20260131-120000/model.pt
     torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari.py --env-id Pong --num-envs 64
+
+Unlike the paper but like CleanRL: the value loss is clipped and counts half, the clip range does not shrink, 4 passes
+over the steps instead of 3, FIRE at the start of a game or life. Unlike CleanRL: a game cut off at the frame limit
+counts on with the value of its last state; zeros before an episode's first frame instead of copies of it, grayscale
+before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on
+CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name like
+ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 """
 
 import atexit
@@ -56,6 +64,7 @@ import torch.distributed as dist
 import tyro
 from torch import nn
 from tqdm import tqdm
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 try:
     import fcntl
@@ -76,9 +85,9 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 
 @dataclass
-class Args:
+class RunFlags:
     exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's name"""
+    """name of the experiment, a part of the run's name"""
     seed: int = 1
     """seed of all that is random"""
     torch_deterministic: bool = True
@@ -114,36 +123,85 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"
     """game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same one here"""
     total_timesteps: int = 10_000_000
-    """agent steps (4 emulator frames each) of the whole run, summed over the environments"""
-    num_envs: int = 8
-    """games played side by side (1: the serial algorithm of the paper)"""
-    num_workers: int | None = None
-    """processes that run the games (default: one per core, at most one per game; 0: the main process)"""
-    sticky_actions: float = 0.0
-    """probability that the emulator repeats the previous action in a frame"""
-    max_episode_frames: int = 108_000
-    """emulator frames (4 a step, 60 a second) after which a game is cut off"""
-    episodic_life: bool = True
-    """end the learning episode when a life is lost (the game goes on)"""
-    full_action_space: bool = False
-    """all 18 actions instead of the game's own"""
+    """steps of the whole run, of all games together; a step is 4 emulator frames"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic algorithms only"""
+    run_dir: str = "runs"
+    """folder in which each run gets a folder of its own"""
+    checkpoint_frequency: int = 500_000
+    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    resume: str | None = None
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
 
+
+@dataclass
+class WandbFlags:
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where W&B records the run; auto is online if you have logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """W&B project of the run"""
+    wandb_entity: str | None = None
+    """W&B team or user of the run; None is your own account"""
+    wandb_group: str | None = None
+    """W&B group of the run; None is one for each game and --exp-name"""
+
+
+@dataclass
+class EvaluationFlags:
+    evaluate: str | None = None
+    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    capture_video: bool = True
+    """make a video of the first game of each evaluation"""
+    video_length: int = 4500
+    """longest video in steps, 15 a second; 4500 are 5 minutes"""
+    eval_frequency: int = 500_000
+    """steps from one evaluation to the next; 0 evaluates only at the end"""
+    eval_episodes: int = 5
+    """games played in an evaluation"""
+    eval_epsilon: float = 0.0
+    """probability of a random action in an evaluation; the others are drawn from the policy"""
+
+
+@dataclass
+class GameFlags:
+    env_id: str = "Breakout"
+    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
+    num_envs: int = 8
+    """games played side by side"""
+    num_workers: int | None = None
+    """processes that run the games; None is one for each core, 0 runs them in the main process"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
+    max_episode_frames: int = 108_000
+    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    episodic_life: bool = True
+    """end an episode of learning when a life is lost; the game goes on"""
+    full_action_space: bool = False
+    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
+
+
+@dataclass
+class AlgorithmFlags:
     learning_rate: float = 2.5e-4
-    """learning rate of Adam, at the start where it is annealed"""
-    num_steps: int = 128
-    """steps of each environment in an iteration"""
+    """learning rate of Adam; the first one if --anneal-lr is on"""
     anneal_lr: bool = True
-    """let the learning rate fall to 0 over total-timesteps"""
+    """let the learning rate fall to 0 over --total-timesteps"""
+    num_steps: int = 128
+    """steps of each game in an iteration"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of the generalized advantage estimates"""
     num_minibatches: int = 4
-    """minibatches into which an iteration's steps are divided"""
+    """minibatches into which the steps of an iteration are divided"""
     update_epochs: int = 4
-    """passes over an iteration's steps"""
+    """passes over the steps of an iteration"""
     norm_adv: bool = True
-    """normalize the advantages of each minibatch"""
+    """normalize the advantages in each minibatch"""
     clip_coef: float = 0.1
     """change of an action's probability, as a ratio, beyond which it gains nothing"""
     clip_vloss: bool = True
@@ -153,37 +211,116 @@ class Args:
     vf_coef: float = 0.5
     """weight of the value loss in the loss"""
     max_grad_norm: float = 0.5
-    """largest norm of the gradient of all parameters"""
+    """a gradient with a larger norm is scaled down to this"""
     target_kl: float | None = None
-    """KL divergence from the old policy after which an iteration has no further pass (default: no limit)"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network's trunk; auto: bfloat16 on a CPU that has instructions for it, else float32"""
+    """KL divergence from the old policy after which an iteration makes no further pass; None is no limit"""
+
+
+@dataclass
+class Args(AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags):
+    """All flags. ``--help`` shows them in these groups."""
+
+
+def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
+
+    def read(words: list[str]) -> int:
+        value = float(words[0])
+        if not value.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(value)
+
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [f"{value:_}"],
+    )
+
+
+def plain_switch(word: str) -> str:
+    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
+    flag, _, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
+        return word
+    return flag if value.lower() == "true" else f"--no-{name}"
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """The flags of the command line; those that are not given are as in ``default``.
+
+    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    """
+    groups = {
+        "algorithm": AlgorithmFlags,
+        "game": GameFlags,
+        "evaluation": EvaluationFlags,
+        "W&B": WandbFlags,
+        "run": RunFlags,
+    }
+    default = default or Args()
+    types, defaults = {}, {}
+    for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
+        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    registry = ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    parsed = tyro.cli(
+        TypedDict("Flags", types),
+        args=[plain_switch(word) for word in sys.argv[1:]],
+        default=defaults,
+        description=__doc__.splitlines()[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    args = Args()
+    for group in parsed.values():
+        vars(args).update(vars(group))
+    if "" in (args.resume, args.evaluate):
+        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    args.env_id = game_name(args.env_id)
+    return args
 
 
 def check_args(args: Args) -> None:
     """Ends the program with one sentence if a flag is out of its range."""
-    ranges = {"learning_rate max_grad_norm": (1e-12, math.inf), "num_workers": (0, args.num_envs), "seed": (0, 2**31)}
-    ranges["eval_epsilon sticky_actions gamma gae_lambda"] = (0, 1)
-    ranges["eval_frequency checkpoint_frequency ent_coef vf_coef"] = (0, math.inf)
-    ranges["video_length eval_episodes total_timesteps num_envs max_episode_frames"] = (1, math.inf)
-    ranges["num_steps num_minibatches update_epochs"] = (1, math.inf)
-    ranges["clip_coef target_kl"] = (1e-12, math.inf)
-    for names, (low, high) in ranges.items():
+    ranges = [
+        ("total_timesteps video_length eval_episodes max_episode_frames", 1, 10**12),
+        ("checkpoint_frequency eval_frequency", 0, 10**12),
+        ("seed", 0, 2**31),
+        ("sticky_actions eval_epsilon", 0, 1),
+        ("num_envs", 1, 10_000),  # a game takes 1 MB
+        ("num_workers", 0, args.num_envs),
+        ("learning_rate", 1e-12, 1),
+        ("gamma gae_lambda", 0, 1),
+        ("num_steps", 1, 100_000),
+        ("num_minibatches", 1, 10**6),
+        ("update_epochs", 1, 1000),
+        ("clip_coef target_kl", 1e-12, 1000),
+        ("ent_coef vf_coef", 0, 1000),
+        ("max_grad_norm", 1e-12, 10**6),
+    ]
+    for names, low, high in ranges:
         for name in names.split():
             value = getattr(args, name)
-            limit = f"between {low} and {high}" if high < math.inf else f"at least {low}"
-            if value is not None and not low <= value <= high:
-                sys.exit(f"error: --{name.replace('_', '-')} is {value}: it must be {limit}")
-    if args.resume and args.evaluate:
-        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+            if value is not None and not low <= value <= high:  # nan is not in any range
+                flag = f"--{name.replace('_', '-')}"
+                sys.exit(f"error: {flag} is {value:,}: it must be between {low:,} and {high:,}")
     if WORLD_SIZE > 1 and args.evaluate:
         sys.exit("error: --evaluate is for one process: start it without torchrun")
     if args.num_envs % WORLD_SIZE:
         sys.exit(f"error: --num-envs {args.num_envs} cannot be divided among {WORLD_SIZE} ranks: make it a multiple")
     steps = args.num_steps * args.num_envs // WORLD_SIZE
     if steps % args.num_minibatches or steps == args.num_minibatches:
-        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide the {steps} steps of an iteration"
-                 " (on each rank) into parts of 2 or more: change it, --num-steps or --num-envs")  # fmt: skip
+        parts = f"the {steps} steps of an iteration (on each rank) into parts of 2 or more"
+        advice = "change it, --num-steps or --num-envs"
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {parts}: {advice}")
 
 
 def find_device(name: str) -> torch.device:
@@ -256,12 +393,11 @@ def game_name(env_id: str) -> str:
 
     Ends the program with the closest names if there is no such game.
     """
-    games = {spec[4:-3] for spec in gym.registry if re.fullmatch(r"ALE/\w+-v5", spec)}
+    games = [name.removeprefix("ALE/").removesuffix("-v5") for name in gym.registry if name.startswith("ALE/")]
     name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
     if name not in games:
-        lower = {game.lower(): game for game in games}
-        close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, cutoff=0.5)]
-        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close or ['Breakout', 'Pong'])}?")
+        close = difflib.get_close_matches(name, games) or ["Breakout", "Pong"]
+        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close)}?")
     return name
 
 
@@ -624,7 +760,7 @@ LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[0]
 
 def resume_after_restart() -> None:
     """If torchrun has started the ranks anew, adds --resume with the last checkpoint of this launch to the flags."""
-    if RESTARTS == 0 or (args := tyro.cli(Args)).resume:
+    if RESTARTS == 0 or (args := parse_args()).resume:
         return
     runs = Path(args.run_dir).glob(f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}__*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):

@@ -7,7 +7,7 @@
 
 Compared are all top-level definitions (functions, classes, assignments) that occur in two scripts or more under the
 same name, with their comments, except those that ``OWN`` allows a script to have of its own. A class of which ``OWN``
-names members ("Agent.update") is compared member by member; a flag, with its docstring, is a member of ``Args``.
+names members ("Agent.update") is compared member by member; a flag, with its docstring, is a member of its class.
 """
 
 import argparse
@@ -19,18 +19,22 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "dqn_atari.py"
 # What each script has of its own, or lacks: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
-    "dqn_atari_visual.py": "Args.panels Args.saliency check_args Overlay evaluate",
-    "c51_atari.py": "ALGORITHM METRICS check_args QNetwork Args.learning_rate Args.target_network_frequency"
+    "dqn_atari_visual.py": "EvaluationFlags.panels EvaluationFlags.saliency check_args Overlay evaluate",
+    "c51_atari.py": "ALGORITHM METRICS check_args QNetwork AlgorithmFlags.learning_rate"
+    " AlgorithmFlags.target_network_frequency"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
     " Overlay.render",
-    "bootstrapped_dqn_atari.py": "ALGORITHM METRICS check_args QNetwork Args.learning_rate Args.buffer_size"
-    " Args.target_network_frequency Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
+    "bootstrapped_dqn_atari.py": "ALGORITHM METRICS check_args QNetwork AlgorithmFlags.learning_rate"
+    " AlgorithmFlags.buffer_size AlgorithmFlags.target_network_frequency"
+    " Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
     " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses"
     " Overlay.new_game Overlay.think Overlay.render train",
     "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Atari.state_dict Atari.load_state_dict QNetwork"
     " Batch BYTES_PER_TRANSITION"
-    " Args.learning_rate Args.eval_epsilon Args.buffer_size Args.n_step Args.batch_size Args.target_network_frequency"
-    " Args.learning_starts Args.max_grad_norm Replay.ARRAYS Replay.__init__ Replay.add Replay.sample Replay.state_dict"
+    " GameFlags.num_actors EvaluationFlags.eval_epsilon AlgorithmFlags.learning_rate AlgorithmFlags.buffer_size"
+    " AlgorithmFlags.n_step AlgorithmFlags.batch_size AlgorithmFlags.target_network_frequency"
+    " AlgorithmFlags.learning_starts AlgorithmFlags.max_grad_norm"
+    " Replay.ARRAYS Replay.__init__ Replay.add Replay.sample Replay.state_dict"
     " Replay.load_state_dict Agent.__init__ Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render"
     " train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Args.max_grad_norm"

@@ -1,7 +1,6 @@
 """Ape-X: n-step returns, prioritised replay, actors, update and overlay against direct computations."""
 
 import copy
-import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -644,30 +643,97 @@ def test_training_copies_and_publishes_the_weights_in_time(scripted, monkeypatch
     assert charts.count("charts/episodic_return_explorers") == games.count(0) != games.count(1)
 
 
-def test_chunk_follows_the_one_before_or_not(monkeypatch):
-    """An actor that starts anew begins at step 0; another chunk is lost on the way."""
-    answers = [0, 50, 100, 0, 50, 100, None, 200]
-    actor = SimpleNamespace(play=SimpleNamespace(remote=lambda weights, updates: (weights, updates, next(numbers))))
-    numbers, put = itertools.count(), []
+@pytest.fixture
+def fake_ray(monkeypatch):
+    """Chunks that are asked of an actor are all there, and are what ``answers`` has: a first step or an error."""
+    fake = SimpleNamespace(answers=[], asked=[], cancelled=[], dead=False)
+
+    def play(weights, updates):
+        fake.asked.append(updates)
+        return len(fake.asked) - 1
+
+    def wait(references, timeout, num_returns=1):
+        if fake.dead:
+            raise BrokenPipeError("Broken pipe")
+        return [reference for reference in references if reference in range(len(fake.answers))], []
 
     def get(reference):
-        assert reference[:2] == ("weights", 7)
-        if (first_step := answers[reference[2]]) is None:
-            raise apex_dqn_atari.ray.exceptions.ObjectLostError("0" * 56, None, "")
-        return {"first_step": first_step}
+        if isinstance(answer := fake.answers[reference], Exception):
+            raise answer
+        return {"first_step": answer}
 
+    actor = SimpleNamespace(play=SimpleNamespace(remote=play))
     remote = SimpleNamespace(remote=lambda *arguments: actor)
     monkeypatch.setattr(apex_dqn_atari.ray, "remote", lambda **options: lambda cls: remote)
-    monkeypatch.setattr(apex_dqn_atari.ray, "put", lambda weights: put.append(weights) or weights)
-    monkeypatch.setattr(apex_dqn_atari.ray, "wait", lambda references, **options: (references, []))
+    monkeypatch.setattr(apex_dqn_atari.ray, "put", lambda weights: weights)
+    monkeypatch.setattr(apex_dqn_atari.ray, "wait", wait)
     monkeypatch.setattr(apex_dqn_atari.ray, "get", get)
     actors = apex_dqn_atari.Actors(make_args(), 0)
     actors.publish("weights", 7)
-    assert put == ["weights"] and len(actors.requests[0]) == apex_dqn_atari.REQUESTS
-    received = [item for _ in answers for item in actors.receive(patience=0)]
+    received = [item for _ in fake_ray.answers for item in actors.receive(patience=0)]
     assert [item[1]["first_step"] for item in received] == [0, 50, 100, 0, 50, 100, 200]
     assert [item[2] for item in received] == [False, True, True, False, True, True, False]
-    assert len(actors.requests[0]) == apex_dqn_atari.REQUESTS
+    restart, loss = capsys.readouterr().err.splitlines()
+    assert restart == "actor 0 died and has been started again" and loss.startswith("a chunk of actor 0 was lost: ")
+    assert list(actors.receive(patience=0)) == []
+    actors.close()
+    assert fake_ray.cancelled == [8, 9, 10]  # as many as are asked for in advance
+
+
+def test_chunks_are_asked_for_with_the_weights_published_last(fake_ray):
+    """Those that follow a chunk which has arrived count, so that a chunk's weights are as new as can be."""
+    fake_ray.answers = [0, 50, 100]
+    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    for updates in (7, 8, 9):
+        actors.publish("weights", updates)
+        list(actors.receive(patience=0))
+    assert fake_ray.asked == [7, 7, 7, 8, 9]
+
+
+def test_actor_that_sends_nothing_is_missed(fake_ray, capsys, monkeypatch):
+    """Once, after a minute; and anew when it has been heard in between."""
+    now = 1000.0
+    monkeypatch.setattr(apex_dqn_atari.time, "monotonic", lambda: now)
+    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    actors.publish("weights", 7)
+    for wait, arrive, missed in (
+        (59, 0, False),
+        (2, 0, True),
+        (900, 0, False),
+        (1, 1, False),
+        (59, 0, False),
+        (2, 0, True),
+    ):
+        now += wait
+        fake_ray.answers += [0] * arrive
+        assert len(list(actors.receive(patience=0))) == arrive
+        assert ("actor 0 has sent nothing for 60 s" in capsys.readouterr().err) == missed
+
+
+def test_dead_ray_is_one_sentence(fake_ray):
+    """Before ``ray.get``, which would end the program without a word."""
+    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    actors.publish("weights", 7)
+    fake_ray.answers, fake_ray.dead = [ValueError("asked for")], True
+    with pytest.raises(SystemExit, match="^error: the raylet, Ray's process on this machine, has died: go on"):
+        list(actors.receive(patience=0))
+    actors.close()
+
+
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("local", "Ray cannot start"),
+        ("auto", "--ray-address auto is no running cluster .start one with ray start --head."),
+    ],
+)
+def test_ray_that_does_not_start_is_one_sentence(monkeypatch, address, message):
+    def init(address, **options):
+        raise RuntimeError("no room\nat all")
+
+    monkeypatch.setattr(apex_dqn_atari.ray, "init", init)
+    with pytest.raises(SystemExit, match=f"^error: {message}: no room$"):
+        apex_dqn_atari.start_ray(make_args(ray_address=address))
 
 
 def test_loss_that_is_not_finite_ends_the_run():
@@ -694,7 +760,7 @@ def test_settings_are_those_of_the_paper():
     "flags, message",
     [
         ({"n_step": 47}, "--n-step is 47: it must be between 1 and 46"),
-        ({"num_actors": 0}, "--num-actors is 0: it must be at least 1"),
+        ({"num_actors": 0}, "--num-actors is 0: it must be between 1 and 1,000"),
         ({"prioritized_replay_alpha": 1.5}, "--prioritized-replay-alpha is 1.5: it must be between 0 and 1"),
         ({"steps_per_update": 0.0}, "--steps-per-update is 0.0"),
         ({"learning_starts": 500}, "--batch-size 512 is more than the 500 transitions"),

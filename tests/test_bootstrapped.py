@@ -526,7 +526,7 @@ def test_flags_out_of_range():
         ({"eval_head": -1}, "--eval-head is -1"),
         ({"mask_probability": 0}, "--mask-probability is 0"),
         ({"mask_probability": 1.1}, "--mask-probability is 1.1"),
-        ({"prior_scale": -1}, "--prior-scale is -1: it must be at least 0"),
+        ({"prior_scale": -1}, "--prior-scale is -1: it must be between 0 and 1,000"),
         ({"max_grad_norm": 0}, "--max-grad-norm is 0"),
     ):
         with pytest.raises(SystemExit, match=message):

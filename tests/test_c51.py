@@ -313,9 +313,9 @@ def test_a_model_brings_its_support():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"n_atoms": 1}, "--n-atoms is 1: it must be at least 2"),
-        ({"v_min": 3.0, "v_max": 3.0}, "--v-min 3.0 is not below --v-max 3.0"),
-        ({"v_min": 4.0, "v_max": -4.0}, "--v-min 4.0 is not below --v-max -4.0"),
+        ({"n_atoms": 1}, "--n-atoms is 1: it must be between 2 and 1,000"),
+        ({"v_min": 3.0, "v_max": 3.0}, "--v-min 3.0 and --v-max 3.0 leave no room for --n-atoms 51"),
+        ({"v_min": 4.0, "v_max": -4.0}, "--v-min 4.0 and --v-max -4.0 leave no room for --n-atoms 51"),
         ({"v_max": float("inf")}, "--v-max is inf: it must be between"),
         ({"v_min": -float("inf")}, "--v-min is -inf: it must be between"),
         ({"v_min": float("nan")}, "--v-min is nan: it must be between"),

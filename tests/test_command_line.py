@@ -200,28 +200,18 @@ def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--env-id Breakot", "error: --env-id Breakot is no game here: did you mean Breakout"),
-        ("--env-id breakout", "did you mean Breakout"),
-        ("--env-id CartPole-v1", "is no game here"),
+        ("--gamma 1.5", "error: --gamma is 1.5: it must be between 0 and 1"),
+        ("--resume a --evaluate b", "error: --resume trains and --evaluate does not: give one of them"),
         ("--device cuda:99", "error: --device cuda:99 is not there: this machine has"),
         ("--device tpu", "error: --device tpu is"),
-        ("--num-envs 0", "error: --num-envs is 0: it must be at least 1"),
-        ("--gamma 1.5", "error: --gamma is 1.5: it must be between 0 and 1"),
-        ("--eval-epsilon -0.1", "error: --eval-epsilon is -0.1: it must be between 0 and 1"),
-        ("--num-workers 9", "error: --num-workers is 9: it must be between 0 and 8"),
-        ("--learning-rate 0", "error: --learning-rate is 0"),
-        ("--batch-size 100 --learning-starts 64", "error: --batch-size 100 is more than the 56 transitions"),
-        ("--buffer-size 56", "transitions that are stored when learning starts"),
-        ("--buffer-size 1000000000000", "error: --buffer-size 1000000000000 needs 7062000.0 GB and cpu has"),
+        ("--buffer-size 1e9", "error: --buffer-size 1000000000 needs 7062.0 GB and cpu has"),
         ("--resume no/such/run", "error: there is no file no/such/run"),
         ("--evaluate no/such/model.pt", "error: there is no file no/such/model.pt"),
-        ("--resume a --evaluate b", "error: there is no file a"),
         ("--run-dir /dev/null/runs", "error: the run folder cannot be made"),
-        ("--no-such-flag 1", "no-such-flag"),
-        ("--precision float16", "float16"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(tmp_path, flags, message):
+    """What a start finds out; test_flags.py looks closer at the flags themselves."""
     result = run(tmp_path, flags + " --wandb-mode disabled")
     assert result.returncode != 0
     assert message in result.stderr and "Traceback" not in result.stderr
@@ -247,19 +237,3 @@ def test_bad_checkpoints_end_with_one_sentence(recorded, tmp_path):
         result = run(tmp_path, flags + " --wandb-mode disabled")
         assert result.returncode == 1 and message in result.stderr, result.stderr
         assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1
-
-
-def test_help_names_every_flag(tmp_path):
-    result = run(tmp_path, "--help")
-    assert result.returncode == 0
-    common = "exp-name seed torch-deterministic device wandb-mode wandb-project-name wandb-entity wandb-group run-dir"
-    common += " capture-video video-length eval-frequency eval-episodes eval-epsilon checkpoint-frequency"
-    common += " resume evaluate env-id total-timesteps num-envs num-workers sticky-actions max-episode-frames"
-    common += " episodic-life full-action-space"
-    places = [result.stdout.index(f"--{name}") for name in common.split()]
-    assert places == sorted(places)
-
-
-def test_underscores_and_hyphens_are_the_same(tmp_path):
-    result = run(tmp_path, "--num_envs 0 --wandb_mode disabled")
-    assert "error: --num-envs is 0" in result.stderr

@@ -242,3 +242,25 @@ def test_devices_are_those_of_the_machine(monkeypatch):
             else:
                 with pytest.raises(SystemExit, match=f"error: --device {name} is .*: this machine has .*cpu"):
                     dqn_atari.find_device(name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_agent_moves_to_a_gpu_and_back(tmp_path, script):
+    """On a real one, in a captured step, which refuses the options of a CPU's optimizer."""
+    agent, moved, back = make_agent(script), make_agent(script, "cuda", seed=1), make_agent(script, seed=2)
+    learn(agent, 0)
+    moved.load_state_dict(through_a_file(agent, tmp_path / "to"))
+    step = script.CudaGraph(moved.optimizer.step)
+    for one in (agent, moved):
+        learn(one, 1)
+    for _ in range(5):
+        agent.optimizer.step()
+        step()
+    assert step.graph is not None
+    back.load_state_dict(through_a_file(moved, tmp_path / "back"))
+    for one in (agent, moved, back):
+        learn(one, 2)
+    for one in (moved, back):
+        for ours, theirs in zip(parameters(one), parameters(agent)):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-5)

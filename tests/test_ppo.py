@@ -680,8 +680,8 @@ def test_traces_follow_value_and_entropy_and_mark_rewards():
         ({"clip_coef": 0.0}, "--clip-coef is 0.0"),
         ({"target_kl": -1.0}, "--target-kl is -1.0"),
         ({"max_grad_norm": 0.0}, "--max-grad-norm is 0.0"),
-        ({"ent_coef": -0.01}, "--ent-coef is -0.01: it must be at least 0"),
-        ({"num_steps": 0}, "--num-steps is 0: it must be at least 1"),
+        ({"ent_coef": -0.01}, "--ent-coef is -0.01: it must be between 0 and 1,000"),
+        ({"num_steps": 0}, "--num-steps is 0: it must be between 1 and 100,000"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(flags, message):

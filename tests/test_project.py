@@ -24,9 +24,11 @@ def test_shared_blocks_are_the_same():
 def test_check_copies_finds_and_fixes(tmp_path, capsys, monkeypatch):
     """Whole definitions and members that differ are named in the order in which they stand, and copied."""
     monkeypatch.setattr(
-        check_copies, "OWN", {"c51_atari.py": {"ALGORITHM", "Agent.update", "Args.n_step", "Atari.load_state_dict"}}
+        check_copies,
+        "OWN",
+        {"c51_atari.py": {"ALGORITHM", "Agent.update", "AlgorithmFlags.n_step", "Atari.load_state_dict"}},
     )
-    monkeypatch.setattr(check_copies, "BY_MEMBER", {"Agent", "Args", "Atari"})
+    monkeypatch.setattr(check_copies, "BY_MEMBER", {"Agent", "AlgorithmFlags", "Atari"})
     template, other = tmp_path / "dqn_atari.py", tmp_path / "c51_atari.py"
     shutil.copy(ROOT / "dqn_atari.py", template)
     own = template.read_text()
@@ -46,7 +48,7 @@ def test_check_copies_finds_and_fixes(tmp_path, capsys, monkeypatch):
         changed = changed.replace(old, drifted, 1)
     other.write_text(changed)
     assert check_copies.main([], tmp_path) == 1
-    names = ["Args.gamma", "STACK", "Replay", "Agent.act"]
+    names = ["AlgorithmFlags.gamma", "STACK", "Replay", "Agent.act"]
     lines = [f"c51_atari.py: {name} is not as elsewhere" for name in names]
     assert capsys.readouterr().out.splitlines() == lines
     check_copies.main(["--fix", "Replay"], tmp_path)
@@ -77,6 +79,7 @@ def test_script_stands_alone_and_reads_every_flag(script):
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not imported & {other.stem for other in SCRIPTS}
-    (flags,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    names = [node.target.id for node in flags.body if isinstance(node, ast.AnnAssign)]
+    groups = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Flags")]
+    names = [node.target.id for flags in groups for node in flags.body if isinstance(node, ast.AnnAssign)]
+    assert len(names) > 30
     assert [name for name in names if not re.search(rf"\bargs\.{name}\b", script.read_text())] == []

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -30,6 +31,7 @@ from dqn_atari_visual import (
     SALIENCY,
     SIZE,
     STACK,
+    TEXT,
     TRACE_STEPS,
     Agent,
     Args,
@@ -191,10 +193,13 @@ def test_saliency_on_cuda_equals_the_cpu(method, monkeypatch):
 # --------------------------------------------------------------------------------------------- what is noted
 
 
-@pytest.mark.parametrize("game, episodic_life", [("Breakout", True), ("Breakout", False), ("Seaquest", True)])
-def test_surprise_is_the_td_error(game, episodic_life):
-    """r + gamma (1 - terminated) max Q(s') - Q(s, a), with the clipped reward, over the end of a life."""
-    args = Args(env_id=game, episodic_life=episodic_life, gamma=0.9)
+@pytest.mark.parametrize(
+    "game, episodic_life, max_episode_frames",
+    [("Breakout", True, 108_000), ("Breakout", False, 108_000), ("Seaquest", True, 108_000), ("Seaquest", True, 800)],
+)
+def test_surprise_is_the_td_error(game, episodic_life, max_episode_frames):
+    """r + gamma (1 - terminated) max Q(s') - Q(s, a), with the clipped reward, over the end of a life and of a game."""
+    args = Args(env_id=game, episodic_life=episodic_life, gamma=0.9, max_episode_frames=max_episode_frames)
     env = Overlay(Atari(args), "", args)
     rng, expected, clipped, lives, rewards = np.random.default_rng(2), [], 0.0, [], []
     env.reset(seed=3)
@@ -212,6 +217,13 @@ def test_surprise_is_the_td_error(game, episodic_life):
         previous, clipped = q_values[action], clipped + reward
         assert env.clipped_return == clipped
         if info:
+            q_values = rng.normal(size=env.action_space.n).astype(np.float32)
+            env.end(q_values)
+            last = env.steps[-1]
+            assert truncated == (max_episode_frames == 800) and terminated != truncated
+            assert last.surprise == pytest.approx(reward + truncated * 0.9 * max(q_values) - previous, rel=1e-5)
+            assert (last.reward, last.life_lost) == (rewards[-1], env.env.lives < lives[-1])
+            assert np.array_equal(last.q_values, q_values) if truncated else np.isnan(last.q_values).all()
             break
         if terminated:
             assert episodic_life
@@ -222,13 +234,14 @@ def test_surprise_is_the_td_error(game, episodic_life):
             assert [step.life_lost for step in env.steps] == [
                 now < before for before, now in zip([lives[0], *lives], lives)
             ][-TRACE_STEPS:]
-    assert len(set(lives)) > 2 and max(rewards) >= 1
+    assert last.life_lost != truncated
+    assert max(rewards) >= 1 and (truncated or len(set(lives)) > 2)
     assert game != "Seaquest" or max(rewards) > 1  # clipped and true reward differ
     if not episodic_life:
         assert len(env.steps) == min(len(lives), TRACE_STEPS)
     env.reset()  # the next game
     env.think(q_values, action)
-    assert len(env.steps) == 1 and env.steps[0].surprise == 0 and env.clipped_return == 0
+    assert len(env.steps) == 1 and env.steps[0].surprise == 0 and env.clipped_return == 0 and env.notice == ""
 
 
 def test_histories_are_bounded():
@@ -279,30 +292,152 @@ def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
         assert not calls
 
 
+# ---------------------------------------------------------------------------------------------- what is filmed
+
+
+@pytest.fixture
+def film(monkeypatch, tmp_path):
+    """Evaluates with the flags given; returns what the overlay knew at each picture, and the agent."""
+    pictures, render = [], Overlay.render
+
+    def note_and_render(env):
+        game, last = env.env, env.steps[-1]
+        known = {"ended": game.game_ended, "total": game.episode_return, "at": game.episode_length, "last": last}
+        pictures.append(SimpleNamespace(**vars(env) | known, frames=game.stack.copy()))
+        return render(env)
+
+    def evaluate_with(**flags):
+        args = Args(**({"saliency": "none", "precision": "float32", "eval_epsilon": 0.5, "panels": ("game",)} | flags))
+        agent = Agent(args, int(Atari(args).action_space.n), CPU)
+        evaluate(args, agent, CPU, 0, tmp_path, None)
+        return pictures, agent
+
+    monkeypatch.setattr(Overlay, "render", note_and_render)
+    return evaluate_with
+
+
+def test_last_picture_is_the_end_of_the_game(film, monkeypatch, capsys):
+    steps, step = [], Atari.step
+
+    def note_and_step(game, action):
+        outcome = step(game, action)
+        steps.append((game.recording, outcome[-1]))
+        return outcome
+
+    monkeypatch.setattr(Atari, "step", note_and_step)
+    (*before, last), _ = film(env_id="Breakout", eval_episodes=2)
+    assert (last.ended, last.notice) == (True, "game over")
+    assert not any(picture.ended or picture.notice for picture in before)
+    # nothing can be gained any more, and what the last action was worth is lost
+    assert last.last.surprise == pytest.approx(-before[-1].q_values[before[-1].action]) and last.last.life_lost
+    infos = [info for _, info in steps if info]
+    assert (last.total, last.at) == (infos[0]["episode"]["r"], infos[0]["episode"]["l"]) and len(infos) == 2
+    # every picture but the first is that of a step, and the second game is not recorded
+    recorded = [recording for recording, _ in steps]
+    assert recorded == [True] * len(before) + [False] * (len(steps) - len(before)) and not recorded[-1]
+    assert "cut" not in capsys.readouterr().out
+
+
+def test_last_picture_of_a_game_that_is_cut_off(film):
+    (*before, last), agent = film(env_id="Pong", eval_episodes=1, max_episode_frames=160)
+    assert (last.ended, last.notice) == (True, "cut off at the frame limit")
+    assert last.at == before[-1].at + 1 <= 40
+    value = agent.think(torch.from_numpy(last.frames))[0].max()  # of the observation that nobody acts on
+    expected = 0.99 * value - before[-1].q_values[before[-1].action]
+    assert last.last.surprise == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_cut_video_says_so(film, capsys):
+    (*before, last), _ = film(env_id="Pong", eval_episodes=1, max_episode_frames=160, video_length=12)
+    assert (len(before), last.ended, last.notice) == (11, False, "the video is cut here")
+    assert not any(picture.notice for picture in before)
+    assert "is cut after 12 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("panels", [(), ("game",), ("q_values", "facts"), ("history",)])
+def test_the_notice_is_in_the_picture(panels):
+    env = make_overlay(panels=panels)
+    env.canvas = Recording(*env.canvas.picture.shape[1::-1])
+    env.think(np.zeros(6, np.float32), 0)
+    for notice in ("the video is cut here", "cut off at the frame limit"):
+        env.notice = notice
+        env.canvas.texts.clear()
+        env.render()
+        (box,) = [box for text, box in env.canvas.texts if text == notice]
+        assert box.left > 0 and box.right <= env.canvas.picture.shape[1] - 20 and box.bottom <= 720
+        for text, other in env.canvas.texts:
+            assert text == notice or not overlap(box, other), text
+
+
+def test_end_of_a_game_has_no_actions():
+    env = make_overlay()
+    env.canvas = Recording(1280, 720)
+    for _ in range(3):
+        env.think(np.arange(6, dtype=np.float32), 4)
+        env.step(4)
+    env.env.game_ended = env.terminated = True
+    env.end(np.arange(6, dtype=np.float32))
+    picture, _ = inside(env, "q_values", title=0)
+    assert not any(is_color(picture, color).any() for color in (GREEDY, CHOSEN, BAR))
+    texts = [text for text, _ in env.canvas.texts]
+    assert {"game over", "return 0 after 4 steps"} <= set(texts) and "NOOP" not in texts
+    history, box = inside(env, "history")
+    columns = np.flatnonzero(is_color(history, GREEDY).any(0))  # V(s) stands at the three states, not at the end
+    step = (box.right - box.left) / (TRACE_STEPS - 1)
+    assert columns.max() == pytest.approx(box.right - box.left - step, abs=2)
+
+
 # ----------------------------------------------------------------------------------------------------- panels
 
 
-def test_game_is_shown_with_and_without_saliency():
-    env = make_overlay(saliency="perturbation")
-    env.think(np.zeros(6, np.float32), 0)
-    screen = env.env.ale.getScreenRGB()
-    np.testing.assert_array_equal(env.render()[1:630:3, 1:480:3], screen)
-    spot = np.zeros((SIZE, SIZE), np.float32)
-    spot[40:44, 60:64] = 1e-9  # only its place matters: the map is drawn relative to its peak
-    env.think(np.zeros(6, np.float32), 0, spot)
-    shown = env.render()[1:630:3, 1:480:3].astype(int)
-    changed = np.argwhere(np.abs(shown - screen).sum(2) > 0)
-    assert changed.min(0).tolist() == pytest.approx([40 * 2.5, 60 * 160 / 84], abs=4)
-    assert changed.max(0).tolist() == pytest.approx([44 * 2.5, 64 * 160 / 84], abs=4)
-    center = shown[105, 118]
-    np.testing.assert_allclose(center, 0.2 * screen[105, 118] + 0.8 * np.array(HEAT), atol=1.5)
+def test_game_is_what_the_network_sees():
+    """The maximum of the last two emulator frames: sprites that flicker are in the picture."""
+    env = make_overlay(env_id="YarsRevenge", full_action_space=True, num_actions=18, saliency="none")
+    env.env.recording = True
+    missing = 0
+    for step in range(20):
+        env.step(step % 18)
+        env.think(np.zeros(18, np.float32), 0)
+        screen = env.render()[1:630:3, 1:480:3]
+        np.testing.assert_array_equal(screen, env.env.screen())
+        missing += (screen != env.env.ale.getScreenRGB()).any(2).sum()
+    assert missing > 1000
+
+
+HEATS = {"gradient": lambda change: change / 255, "perturbation": lambda change: change**2 / 2}
+
+
+@pytest.mark.parametrize("q_value, least", [(0.0, 0.01), (-0.4, 0.01), (30.0, 0.3), (-30.0, 0.3)])
+@pytest.mark.parametrize("method", SALIENCY)
+def test_heat_is_as_strong_as_what_it_shows(method, q_value, least):
+    """Full color where the Q-value moves by a hundredth or more, fainter where the most it moves is less."""
+    env = make_overlay(saliency=method)
+    env.canvas = Recording(1280, 720)
+    q_values = np.full(6, q_value, np.float32)
+    env.think(q_values, 0)
+    screen = env.render()[1:630:3, 1:480:3].copy()
+    np.testing.assert_array_equal(screen, env.env.screen())
+    for share, opacity in ((100, 0.8), (1, 0.8), (0.5, 0.4), (0.02, 0.016)):
+        spot = np.zeros((SIZE, SIZE), np.float32)
+        spot[40:44, 60:64] = HEATS[method](share * least)
+        env.think(q_values, 0, spot)
+        env.canvas.texts.clear()
+        shown = env.render()[1:630:3, 1:480:3].astype(int)
+        changed = np.argwhere(np.abs(shown - screen).sum(2) > 0)
+        assert changed.min(0).tolist() == pytest.approx([40 * 2.5, 60 * 160 / 84], abs=4)
+        assert changed.max(0).tolist() == pytest.approx([44 * 2.5, 64 * 160 / 84], abs=4)
+        expected = screen[105, 118] + opacity * (np.array(HEAT) - screen[105, 118])
+        np.testing.assert_allclose(shown[105, 118], expected, atol=1.5)
+        (caption,) = [text for text, _ in env.canvas.texts if "full color" in text]
+        assert f"up to {share * least:.2g}" in caption
+        assert caption.endswith(f"full color at {max(share, 1) * least:.2g}")
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_flat_and_broken_saliency_leave_the_game_as_it_is(value):
     env = make_overlay()
     env.think(np.zeros(6, np.float32), 0, np.full((SIZE, SIZE), value, np.float32))
-    np.testing.assert_array_equal(env.render()[1:630:3, 1:480:3], env.env.ale.getScreenRGB())
+    np.testing.assert_array_equal(env.render()[1:630:3, 1:480:3], env.env.screen())
 
 
 @pytest.mark.parametrize("num_actions", [3, 6, 18])
@@ -310,11 +445,12 @@ def test_flat_and_broken_saliency_leave_the_game_as_it_is(value):
 def test_bars_show_the_values(num_actions, scale, shift):
     """Lengths are proportional to the distance from the lowest value; greedy and taken action are marked."""
     env = make_overlay(num_actions)
+    env.canvas = Recording(1280, 720)
     q_values = (np.random.default_rng(num_actions).normal(size=num_actions) * scale + shift).astype(np.float32)
     for taken in (int(q_values.argmax()), int(q_values.argmin())):
         env.think(q_values, taken)
         picture, box = inside(env, "q_values")
-        pitch, width = min(44, 344 // num_actions), box.right - box.left - 136 - 92
+        pitch, width = min(44, 344 // num_actions), box.right - box.left - 136 - 104
         expected = (q_values.astype(float) - q_values.min()) / (q_values.astype(float).max() - q_values.min())
         for i in range(num_actions):
             row = picture[i * pitch + pitch // 2, 136 : 136 + width + 1]
@@ -323,9 +459,9 @@ def test_bars_show_the_values(num_actions, scale, shift):
             assert not is_color(row, BAR if color == GREEDY else GREEDY).any()
         rows = np.flatnonzero(is_color(picture[:, 140:200], CHOSEN).any(1))
         assert (rows.min(), rows.max()) == pytest.approx((taken * pitch, (taken + 1) * pitch - 1), abs=2)
-        left, top, right, _ = env.boxes["q_values"]
-        exploring = is_color(env.canvas.picture[top : top + 22, left:right], CHOSEN).any(0)
-        assert np.ptp(np.flatnonzero(exploring)) == pytest.approx(135 if taken != q_values.argmax() else 46, abs=8)
+        texts = [text for text, _ in env.canvas.texts]
+        assert ("taken" in texts) == (taken == q_values.argmax()) != (texts.count("exploring") == 2)  # History has one
+        env.canvas.texts.clear()
 
 
 @pytest.mark.parametrize("num_actions", [3, 18])
@@ -403,7 +539,7 @@ def test_surprise_is_drawn_where_and_as_large_as_it_was():
         env.think(np.zeros(6, np.float32), 0)
         env.steps[-1] = env.steps[-1]._replace(surprise=surprises.get(step, 0.0))
     picture, box = inside(env, "surprise")
-    zero, found = (box.bottom - box.top) // 2, {}
+    zero, found = round((box.bottom - box.top) / 2), {}
     for color, sign in ((GAIN, 1), (LOSS, -1)):
         colored = is_color(picture, color)
         for x in np.flatnonzero(colored.any(0)):
@@ -418,9 +554,50 @@ def test_surprise_is_drawn_where_and_as_large_as_it_was():
     assert not found
 
 
+def test_noise_is_drawn_small():
+    """Values that differ by less than a hundredth: flat lines, no bars of surprise, and the scale says why."""
+    env = make_overlay(gamma=1.0)
+    env.canvas = Recording(1280, 720)
+    rng = np.random.default_rng(1)
+    for _ in range(TRACE_STEPS):
+        env.think(0.027 + rng.uniform(0, 1e-4, 6).astype(np.float32), 0)
+    picture, box = inside(env, "history")
+    rows = np.flatnonzero(is_color(picture, GREEDY).any(1))
+    assert rows.min() > 0.95 * (box.bottom - box.top)
+    texts = [text for text, _ in env.canvas.texts]
+    assert "0.027 to 0.037" in texts and "now 0.000, full height 0.010" in texts
+    picture, _ = inside(env, "surprise")
+    assert not is_color(picture, GAIN).any() and not is_color(picture, LOSS).any()
+
+
+def test_every_color_has_its_word():
+    env = make_overlay()
+    env.canvas = Recording(1280, 720)
+    env.think(np.zeros(6, np.float32), 1, np.ones((SIZE, SIZE), np.float32))
+    env.render()
+    words = {"greedy": GREEDY, "exploring": CHOSEN, "V(s)": GREEDY, "life lost": LIFE}
+    words |= {"reward": GAIN, "better": GAIN, "penalty": LOSS, "worse": LOSS}
+    assert words.items() <= env.canvas.colors.items()
+    assert HEAT in env.canvas.colors.values()
+
+
+@pytest.mark.parametrize("game, lives", [("Breakout", True), ("Pong", False)])
+def test_lives_are_shown_where_there_are_some(game, lives):
+    env = Overlay(Atari(Args(env_id=game)), "", Args())
+    env.canvas = Recording(1280, 720)
+    env.reset(seed=1)
+    env.think(np.zeros(env.action_space.n, np.float32), 0)
+    env.render()
+    env.env.lives = 0  # of the last life nothing is left
+    env.think(np.zeros(env.action_space.n, np.float32), 0)
+    env.render()
+    assert [text for text, _ in env.canvas.texts].count("lives") == 2 * lives
+
+
 def test_facts_show_their_numbers():
     """One number changed changes the picture in its column, and nowhere else."""
     env = make_overlay()
+    env.has_lives = True
     env.think(np.zeros(6, np.float32), 0)
     left, top, right, bottom = env.boxes["facts"]
     starts = [round(share * (right - left)) for share in (0, 0.18, 0.4, 0.53, 0.68, 0.91, 1)]
@@ -447,14 +624,15 @@ def test_facts_show_their_numbers():
 
 
 class Recording(Canvas):
-    """Notes where texts stand: left, top, right, bottom."""
+    """Notes where texts stand, left, top, right, bottom, and their colors."""
 
     def __init__(self, width, height):
         super().__init__(width, height)
-        self.texts = []
+        self.texts, self.colors = [], {}
 
-    def text(self, text, x, y, color=None, size=18, weight=400, right=False):
+    def text(self, text, x, y, color=TEXT, size=16, weight=400, right=False):
         if text:
+            self.colors[text] = color
             left, top, width, height = cv2.getTextSize((0, 0), text, (x, y), FONT, size, weight)
             left -= width if right else 0
             self.texts.append((text, Box(left, top, left + width, top + height)))
@@ -466,17 +644,19 @@ def overlap(a: Box, b: Box) -> bool:
 
 
 @pytest.mark.parametrize("saliency", ["gradient", "perturbation"])
+@pytest.mark.parametrize("most", [999.999, 9_999.9, 999_999, 1.2e30])
 @pytest.mark.parametrize("num_actions", [3, 6, 18])
-def test_nothing_overlaps(num_actions, saliency):
+def test_nothing_overlaps(num_actions, most, saliency):
     """With the widest texts: no two of them touch, none touches a picture or a bar, none leaves its panel."""
     env = make_overlay(num_actions, saliency=saliency)
     env.canvas = Recording(1280, 720)
     widest = max(range(num_actions), key=lambda i: len(env.env.action_names[i]))
     for step in range(TRACE_STEPS):
-        q_values = np.linspace(-9_999.9, -1_000, num_actions, dtype=np.float32)
-        q_values[widest] = 9_999.9
+        q_values = np.linspace(-most, -most / 10, num_actions, dtype=np.float32)
+        q_values[widest] = most
         env.think(q_values, (widest + step % 2) % num_actions, np.full((SIZE, SIZE), 1.234e-5, np.float32))
     env.env.episode_return, env.env.episode_length, env.clipped_return = -1_234_567, 26_999, -26_999
+    env.env.game, env.notice, env.has_lives = "MontezumaRevenge", "cut off at the frame limit", True
     env.render()
     texts = env.canvas.texts
     assert len(texts) > 2 * num_actions + 20
@@ -486,7 +666,7 @@ def test_nothing_overlaps(num_actions, saliency):
         (home,) = [box for box in env.boxes.values() if overlap(a, box)]
         assert a.left >= home.left and a.right <= home.right + 1 and a.bottom <= home.bottom, text
     left, top, right, _ = env.boxes["q_values"]
-    bars = Box(left + 132, top + 30, right - 88, 720)
+    bars = Box(left + 132, top + 30, right + 5 - PANELS["q_values"].NUMBERS, 720)  # with the frame around them
     screen, frames = Box(0, 0, 480, 630), env.boxes["frames"]
     frames = frames._replace(top=frames.top + 30)
     traces = [env.boxes[name]._replace(top=env.boxes[name].top + 26) for name in ("history", "surprise")]

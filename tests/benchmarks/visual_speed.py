@@ -43,6 +43,7 @@ class Player:
     def __init__(self, saliency: str, full_action_space: bool):
         args = Args(env_id="Breakout", full_action_space=full_action_space, saliency=saliency)
         self.overlay = Overlay(Atari(args), "dqn_atari_visual \u2022 trained 1,250,000 steps", args)
+        self.overlay.env.recording = True
         self.overlay.reset(seed=1)
         self.agent = Agent(args, int(self.overlay.action_space.n), CPU)
         while len(self.overlay.steps) < TRACE_STEPS:  # a trace starts anew with every game
