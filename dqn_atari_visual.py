@@ -23,6 +23,7 @@ of your own, write a class like those in the section "panels" and name it in ``P
 """
 
 import atexit
+import contextlib
 import copy
 import ctypes
 import difflib
@@ -33,8 +34,11 @@ import os
 import re
 import signal
 import sys
+import textwrap
+import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zlib
 from collections import deque
@@ -195,6 +199,11 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
 
 
 def catch_signals(grace: float = 1.0) -> list[int]:
@@ -1226,36 +1235,148 @@ def load(path: Path, needs: str) -> dict:
 # ------------------------------------------------------------------------------------- evaluation and logging
 
 
-def start_wandb(args: Args, name: str, run_id: str | None = None):
-    """The W&B run, or None when disabled. Never asks for a login; records offline where online fails."""
-    if args.wandb_mode == "disabled":
-        return None
-    import wandb
+def slug(text: str) -> str:
+    """``text`` as a name that files and W&B's runs, projects and artifacts may have.
 
-    mode = args.wandb_mode
-    if mode in ("auto", "online") and not wandb.login(prompt=False, verify=False):
-        if mode == "online":
-            sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
-        print("W&B: no login, so the run is recorded offline; look: wandb leet; upload later: wandb sync")
-        mode = "offline"
-    mode = "online" if mode == "auto" else mode
-    settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=args.wandb_group, name=name)
-    settings |= dict(config=asdict(args), id=run_id, resume="allow" if run_id else None)
-    try:
-        run = wandb.init(mode=mode, **settings)
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-        print(f"W&B: {reason}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
-        run = wandb.init(mode="offline", **settings)
-    code = wandb.Artifact(f"{Path(__file__).stem}-source", type="code")
-    code.add_file(__file__)
-    run.log_artifact(code)
-    run.define_metric("global_step")
-    run.define_metric("*", step_metric="global_step")
-    return run
+    ASCII letters, digits and ``_.-``, at most 64 of them: of a longer text the middle is left out.
+    """
+    letters = unicodedata.normalize("NFKD", text)
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    name = re.sub(r"[^\w.-]+", "-", letters, flags=re.ASCII).lstrip(".")
+    if len(name) > 64:
+        name = name[:31] + "--" + name[-31:]
+    return name or "run"
 
 
-def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
+class Tracker:
+    """The run's record in Weights & Biases.
+
+    W&B never ends a run and never holds it up: whatever it raises is one warning, after which the tracker does
+    nothing, as it does when W&B is disabled.
+    """
+
+    def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
+        name = slug(run_dir.resolve().name)
+        self.run = None
+        self.run_id = run_id or name
+        mode = args.wandb_mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or "auto"
+        self.working = mode != "disabled"
+        if self.working:
+            with self.guard():
+                self.start(args, mode, name, job_type)
+
+    def start(self, args: Args, mode: str, name: str, job_type: str) -> None:
+        """Begins or resumes the run, offline where online fails. Never asks for a login."""
+        if mode != "auto":
+            os.environ["WANDB_MODE"] = mode  # a flag wins over it
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself can hold up the exit
+        import wandb
+
+        paths = dict(program_abspath=os.path.abspath(__file__), program_relpath=Path(__file__).name)
+        options = dict(
+            project=slug(args.wandb_project_name),
+            entity=args.wandb_entity,
+            group=args.wandb_group,
+            job_type=job_type,
+            id=self.run_id,
+            name=name,
+            resume="allow",
+            config=asdict(args),
+            save_code=True,
+            settings=wandb.Settings(init_timeout=30, **paths),
+        )
+        reason = ""
+        if mode in ("auto", "online"):
+            try:
+                logged_in = wandb.login(prompt=False, verify=False)
+                if args.wandb_mode == "online" and not logged_in:
+                    sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
+                if logged_in:
+                    self.run = wandb.init(mode="online", **options)
+                reason = "no login: "
+            except wandb.Error as error:
+                reason = f"{textwrap.shorten(str(error), 200)}: "
+                self.background(wandb.teardown).join(1)  # its half-started run has the name that is needed now
+            mode = "offline"
+        if self.run is None:
+            self.run = wandb.init(mode=mode, **options)
+        if self.run.offline:
+            say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # files on their way: not in the home
+        self.run_id = self.run.id
+        self.run.define_metric("global_step")
+        self.run.define_metric("*", step_metric="global_step")
+
+    def log(self, metrics: dict, global_step: int) -> None:
+        """One row a step: what has the same ``global_step`` is joined, and steps must not fall.
+
+        A run that was killed and resumed repeats steps; those that W&B has are left out.
+        """
+        if self.working and global_step >= self.run.starting_step:
+            with self.guard():
+                self.run.log(metrics | {"global_step": global_step}, step=global_step)
+
+    def log_video(self, path: Path, still: np.ndarray | None, global_step: int) -> None:
+        if self.working:
+            with self.guard():
+                import wandb
+
+                media = {"videos/eval": wandb.Video(str(path), format="mp4")}
+                if still is not None:
+                    media["images/eval"] = wandb.Image(still)
+                self.log(media, global_step)
+
+    def log_model(self, path: Path) -> None:
+        if self.working:
+            with self.guard():
+                import wandb
+
+                artifact = wandb.Artifact(f"{self.run_id}-model", type="model")
+                artifact.add_file(str(path), skip_cache=True)
+                self.background(self.run.log_artifact, artifact).join(10)  # it asks the server something
+
+    def finish(self, exit_code: int = 0, stopped=lambda: False) -> None:
+        """Waits for the upload of what is left; after a signal (a true ``stopped()``) for a few seconds at most."""
+        if self.run is None:
+            return
+        import wandb
+
+        command = f"wandb sync --include-online {self.run.settings.sync_dir}"
+        upload = self.background(self.run.finish, exit_code)
+        upload.join(5)
+        if upload.is_alive() and not stopped():
+            say(f"W&B: waiting for the upload; Ctrl-C ends it, the record is on disk: {command}")
+        while upload.is_alive() and not stopped():
+            upload.join(0.2)
+        if upload.is_alive():
+            say(f"W&B: not all was uploaded, but the record is on disk: {command}")
+        self.working = False
+        self.background(wandb.teardown).join(5)  # W&B's own, at exit, would go on waiting
+
+    def background(self, function, *arguments) -> threading.Thread:
+        def call():
+            with self.guard():
+                function(*arguments)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        return thread
+
+    @contextlib.contextmanager
+    def guard(self):
+        """Whatever is raised inside is one warning, and the end of tracking."""
+        try:
+            yield
+        except Exception as error:
+            if self.working:
+                reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+                say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
+            self.working = False
+
+
+def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
     """Plays whole games, records the first, prints and logs the results.
 
     All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
@@ -1292,30 +1413,28 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     returns, lengths, unique_frames = ([episode[key] for episode in episodes] for key in ("r", "l", "unique_frames"))
     mean, spread = float(np.mean(returns)), float(np.std(returns))
     tqdm.write(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
-    if run:
+    metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread}
+    metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
+    tracker.log(metrics, global_step)
+    if recorder.count:
+        tracker.log_video(video, recorder.still, global_step)
+    if not tracker.working:
+        return
+    with tracker.guard():
         import wandb
 
-        metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
-        metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
         q_values = last_q_values.astype(float)
-        metrics["eval/q_values"] = wandb.Histogram(q_values[np.isfinite(q_values)])
+        media = {"eval/q_values": wandb.Histogram(q_values[np.isfinite(q_values)])}
         edges = np.arange(len(action_counts) + 1) - 0.5
-        metrics["eval/actions"] = wandb.Histogram(np_histogram=(action_counts, edges))
-        run.log(metrics)
+        media["eval/actions"] = wandb.Histogram(np_histogram=(action_counts, edges))
         table = [[*row, None] for row in zip(returns, lengths, unique_frames)]
         if recorder.count:
-            try:
-                media = {"videos/eval": wandb.Video(str(video), format="mp4")}
-                media |= {"images/eval": wandb.Image(recorder.still), "global_step": global_step}
-                if args.saliency != "none" and "game" in env.boxes:
-                    left, top, right, bottom = env.boxes["game"]
-                    media["images/saliency"] = wandb.Image(recorder.still[top:bottom, left:right])
-                run.log(media)
-                table[0][-1] = wandb.Video(str(video), format="mp4")
-            except Exception as error:  # the encoder or the disk failed
-                recorder.fail(error)
+            table[0][-1] = wandb.Video(str(video), format="mp4")
+            if args.saliency != "none" and "game" in env.boxes:
+                left, top, right, bottom = env.boxes["game"]
+                media["images/saliency"] = wandb.Image(recorder.still[top:bottom, left:right])
         columns = ["return", "length", "unique_frames", "video"]
-        run.log({"eval/episodes": wandb.Table(columns, table), "global_step": global_step})
+        tracker.log(media | {"eval/episodes": wandb.Table(columns, table)}, global_step)
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -1363,7 +1482,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         update = graph(agent.update)
         learn = lambda: update(*(upload(x, device) for x in replay.sample(args.batch_size)))  # noqa: E731
 
-    run = start_wandb(args, run_dir.name, run_id)
+    tracker = Tracker(args, run_dir, run_id=run_id)
     stop_signals, exit_code = catch_signals(), 1
 
     def passed(frequency: int) -> int:
@@ -1371,13 +1490,12 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         return global_step // frequency - (global_step - args.num_envs) // frequency if frequency else 0
 
     def log(metrics: dict) -> None:
-        if run:
-            run.log(metrics | {"global_step": global_step})
+        tracker.log(metrics, global_step)
 
     def save_checkpoint() -> None:
         agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
         contents = model(args, agent, global_step) | {"agent": agent.state_dict(), "replay": replay.state_dict()}
-        contents |= {"envs": envs.state_dict(), "wandb_run_id": run.id if run else None}
+        contents |= {"envs": envs.state_dict(), "wandb_run_id": tracker.run_id}
         contents |= {"torch_rng": torch.get_rng_state()}
         contents |= {"cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None}
         save(run_dir / "checkpoint.pt", contents)
@@ -1423,7 +1541,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
             pause = time.perf_counter()
             if passed(args.eval_frequency) and global_step < args.total_timesteps:
-                evaluate(args, agent, device, global_step, run_dir, run, stopped=lambda: stop_signals)
+                evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
             if passed(args.checkpoint_frequency) or stop_signals:
                 save_checkpoint()
             clock += time.perf_counter() - pause
@@ -1433,16 +1551,15 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             exit_code = 128 + stop_signals[0]
         else:
             save_checkpoint()
-            evaluate(args, agent, device, global_step, run_dir, run)
+            evaluate(args, agent, device, global_step, run_dir, tracker)
             saved = save(run_dir / "model.pt", model(args, agent, global_step))
-            if run and saved:
-                run.log_model(str(run_dir / "model.pt"), name=f"{run_dir.name}-model")
+            if saved:
+                tracker.log_model(run_dir / "model.pt")
             exit_code = 0 if saved else 1
     finally:
         bar.close()
         envs.close()
-        if run:
-            run.finish(exit_code)
+        tracker.finish(exit_code, stopped=lambda: stop_signals)
     return exit_code
 
 
@@ -1476,10 +1593,9 @@ def main() -> int:
         agent.q_network.load_state_dict(contents["agent"]["q_network"])
     except RuntimeError:
         sys.exit(f"error: the model in {path} does not fit the network of this script or the actions of {game}")
-    run = start_wandb(args, run_dir.name)
-    evaluate(args, agent, device, contents["global_step"], run_dir, run)
-    if run:
-        run.finish()
+    tracker = Tracker(args, run_dir, job_type="eval")
+    evaluate(args, agent, device, contents["global_step"], run_dir, tracker)
+    tracker.finish()
     return 0
 
 

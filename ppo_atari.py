@@ -24,6 +24,7 @@ settings of CleanRL. Under torchrun the environments and minibatches are divided
 """
 
 import atexit
+import contextlib
 import copy
 import ctypes
 import difflib
@@ -34,8 +35,11 @@ import os
 import re
 import signal
 import sys
+import textwrap
+import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zlib
 from collections import deque
@@ -203,6 +207,11 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
 
 
 def catch_signals(grace: float = 1.0) -> list[int]:
@@ -1165,36 +1174,148 @@ def load(path: Path, needs: str) -> dict:
 # ------------------------------------------------------------------------------------- evaluation and logging
 
 
-def start_wandb(args: Args, name: str, run_id: str | None = None):
-    """The W&B run, or None when disabled. Never asks for a login; records offline where online fails."""
-    if args.wandb_mode == "disabled":
-        return None
-    import wandb
+def slug(text: str) -> str:
+    """``text`` as a name that files and W&B's runs, projects and artifacts may have.
 
-    mode = args.wandb_mode
-    if mode in ("auto", "online") and not wandb.login(prompt=False, verify=False):
-        if mode == "online":
-            sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
-        print("W&B: no login, so the run is recorded offline; look: wandb leet; upload later: wandb sync")
-        mode = "offline"
-    mode = "online" if mode == "auto" else mode
-    settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=args.wandb_group, name=name)
-    settings |= dict(config=asdict(args), id=run_id, resume="allow" if run_id else None)
-    try:
-        run = wandb.init(mode=mode, **settings)
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-        print(f"W&B: {reason}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
-        run = wandb.init(mode="offline", **settings)
-    code = wandb.Artifact(f"{Path(__file__).stem}-source", type="code")
-    code.add_file(__file__)
-    run.log_artifact(code)
-    run.define_metric("global_step")
-    run.define_metric("*", step_metric="global_step")
-    return run
+    ASCII letters, digits and ``_.-``, at most 64 of them: of a longer text the middle is left out.
+    """
+    letters = unicodedata.normalize("NFKD", text)
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    name = re.sub(r"[^\w.-]+", "-", letters, flags=re.ASCII).lstrip(".")
+    if len(name) > 64:
+        name = name[:31] + "--" + name[-31:]
+    return name or "run"
 
 
-def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
+class Tracker:
+    """The run's record in Weights & Biases.
+
+    W&B never ends a run and never holds it up: whatever it raises is one warning, after which the tracker does
+    nothing, as it does when W&B is disabled.
+    """
+
+    def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
+        name = slug(run_dir.resolve().name)
+        self.run = None
+        self.run_id = run_id or name
+        mode = args.wandb_mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or "auto"
+        self.working = mode != "disabled"
+        if self.working:
+            with self.guard():
+                self.start(args, mode, name, job_type)
+
+    def start(self, args: Args, mode: str, name: str, job_type: str) -> None:
+        """Begins or resumes the run, offline where online fails. Never asks for a login."""
+        if mode != "auto":
+            os.environ["WANDB_MODE"] = mode  # a flag wins over it
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself can hold up the exit
+        import wandb
+
+        paths = dict(program_abspath=os.path.abspath(__file__), program_relpath=Path(__file__).name)
+        options = dict(
+            project=slug(args.wandb_project_name),
+            entity=args.wandb_entity,
+            group=args.wandb_group,
+            job_type=job_type,
+            id=self.run_id,
+            name=name,
+            resume="allow",
+            config=asdict(args),
+            save_code=True,
+            settings=wandb.Settings(init_timeout=30, **paths),
+        )
+        reason = ""
+        if mode in ("auto", "online"):
+            try:
+                logged_in = wandb.login(prompt=False, verify=False)
+                if args.wandb_mode == "online" and not logged_in:
+                    sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
+                if logged_in:
+                    self.run = wandb.init(mode="online", **options)
+                reason = "no login: "
+            except wandb.Error as error:
+                reason = f"{textwrap.shorten(str(error), 200)}: "
+                self.background(wandb.teardown).join(1)  # its half-started run has the name that is needed now
+            mode = "offline"
+        if self.run is None:
+            self.run = wandb.init(mode=mode, **options)
+        if self.run.offline:
+            say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # files on their way: not in the home
+        self.run_id = self.run.id
+        self.run.define_metric("global_step")
+        self.run.define_metric("*", step_metric="global_step")
+
+    def log(self, metrics: dict, global_step: int) -> None:
+        """One row a step: what has the same ``global_step`` is joined, and steps must not fall.
+
+        A run that was killed and resumed repeats steps; those that W&B has are left out.
+        """
+        if self.working and global_step >= self.run.starting_step:
+            with self.guard():
+                self.run.log(metrics | {"global_step": global_step}, step=global_step)
+
+    def log_video(self, path: Path, still: np.ndarray | None, global_step: int) -> None:
+        if self.working:
+            with self.guard():
+                import wandb
+
+                media = {"videos/eval": wandb.Video(str(path), format="mp4")}
+                if still is not None:
+                    media["images/eval"] = wandb.Image(still)
+                self.log(media, global_step)
+
+    def log_model(self, path: Path) -> None:
+        if self.working:
+            with self.guard():
+                import wandb
+
+                artifact = wandb.Artifact(f"{self.run_id}-model", type="model")
+                artifact.add_file(str(path), skip_cache=True)
+                self.background(self.run.log_artifact, artifact).join(10)  # it asks the server something
+
+    def finish(self, exit_code: int = 0, stopped=lambda: False) -> None:
+        """Waits for the upload of what is left; after a signal (a true ``stopped()``) for a few seconds at most."""
+        if self.run is None:
+            return
+        import wandb
+
+        command = f"wandb sync --include-online {self.run.settings.sync_dir}"
+        upload = self.background(self.run.finish, exit_code)
+        upload.join(5)
+        if upload.is_alive() and not stopped():
+            say(f"W&B: waiting for the upload; Ctrl-C ends it, the record is on disk: {command}")
+        while upload.is_alive() and not stopped():
+            upload.join(0.2)
+        if upload.is_alive():
+            say(f"W&B: not all was uploaded, but the record is on disk: {command}")
+        self.working = False
+        self.background(wandb.teardown).join(5)  # W&B's own, at exit, would go on waiting
+
+    def background(self, function, *arguments) -> threading.Thread:
+        def call():
+            with self.guard():
+                function(*arguments)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        return thread
+
+    @contextlib.contextmanager
+    def guard(self):
+        """Whatever is raised inside is one warning, and the end of tracking."""
+        try:
+            yield
+        except Exception as error:
+            if self.working:
+                reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+                say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
+            self.working = False
+
+
+def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
     """Plays whole games, records the first, prints and logs the results.
 
     All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
@@ -1223,19 +1344,11 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     returns, lengths, unique_frames = ([episode[key] for episode in episodes] for key in ("r", "l", "unique_frames"))
     mean, spread = float(np.mean(returns)), float(np.std(returns))
     tqdm.write(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
-    if run:
-        import wandb
-
-        metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
-        metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
-        run.log(metrics)
-        if recorder.count:
-            try:
-                media = {"videos/eval": wandb.Video(str(video), format="mp4")}
-                media |= {"images/eval": wandb.Image(recorder.still), "global_step": global_step}
-                run.log(media)
-            except Exception as error:  # the encoder or the disk failed
-                recorder.fail(error)
+    metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread}
+    metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
+    tracker.log(metrics, global_step)
+    if recorder.count:
+        tracker.log_video(video, recorder.still, global_step)
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -1293,7 +1406,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     compute_gradients = graph(lambda indices, x: agent.compute_gradients(*rollout.minibatch(indices), x))
     apply_gradients = graph(agent.apply_gradients)
 
-    run = start_wandb(args, run_dir.name, run_id) if RANK == 0 else None
+    tracker = Tracker(args, run_dir, run_id=run_id) if RANK == 0 else None
     # torchrun passes on, at any time, signals that its ranks have had already
     stop_signals, exit_code = catch_signals(1.0 if WORLD_SIZE == 1 else math.inf), 1
 
@@ -1303,8 +1416,8 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         return global_step // frequency - before // frequency if frequency else 0
 
     def log(metrics: dict) -> None:
-        if run:
-            run.log({"global_step": global_step} | metrics)
+        if tracker:
+            tracker.log(metrics, metrics.get("global_step", global_step))
 
     def save_checkpoint() -> None:
         agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
@@ -1313,7 +1426,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         ranks = gather(own)
         if RANK == 0:
             contents = model(args, agent, global_step) | {"agent": agent.state_dict(), "ranks": ranks}
-            save(run_dir / "checkpoint.pt", contents | {"wandb_run_id": run.id if run else None})
+            save(run_dir / "checkpoint.pt", contents | {"wandb_run_id": tracker.run_id if tracker else None})
 
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=True if RANK else None)
     returns, signals = deque(maxlen=20), []
@@ -1341,7 +1454,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
                     break
 
             # log
-            for game in sum(gather(games), []):
+            for game in sorted(sum(gather(games), []), key=lambda game: game["global_step"]):
                 returns.append(game["r"])
                 log({"charts/episodic_return": game["r"], "charts/episodic_length": game["l"],
                      "charts/unique_frames": game["unique_frames"], "global_step": game["global_step"]})  # fmt: skip
@@ -1358,7 +1471,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
             pause = time.perf_counter()
             if passed(args.eval_frequency) and global_step < args.total_timesteps and RANK == 0:
-                evaluate(args, agent, device, global_step, run_dir, run, stopped=lambda: stop_signals)
+                evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
             signals = sum(gather(stop_signals), [])  # all ranks stop when one is told to
             if passed(args.checkpoint_frequency) or signals:
                 save_checkpoint()
@@ -1372,16 +1485,16 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             saved = True
             save_checkpoint()
             if RANK == 0:
-                evaluate(args, agent, device, global_step, run_dir, run)
+                evaluate(args, agent, device, global_step, run_dir, tracker)
                 saved = save(run_dir / "model.pt", model(args, agent, global_step))
-            if run and saved:
-                run.log_model(str(run_dir / "model.pt"), name=f"{run_dir.name}-model")
+            if tracker and saved:
+                tracker.log_model(run_dir / "model.pt")
             exit_code = max(gather(0 if saved else 1))  # also waits for rank 0
     finally:
         bar.close()
         players.close()
-        if run:
-            run.finish(exit_code)
+        if tracker:
+            tracker.finish(exit_code, stopped=lambda: stop_signals)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     return exit_code
@@ -1424,10 +1537,9 @@ def main() -> int:
         agent.network.load_state_dict(contents["agent"]["network"])
     except RuntimeError:
         sys.exit(f"error: the model in {path} does not fit the network of this script or the actions of {game}")
-    run = start_wandb(args, run_dir.name)
-    evaluate(args, agent, device, contents["global_step"], run_dir, run)
-    if run:
-        run.finish()
+    tracker = Tracker(args, run_dir, job_type="eval")
+    evaluate(args, agent, device, contents["global_step"], run_dir, tracker)
+    tracker.finish()
     return 0
 
 
