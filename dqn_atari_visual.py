@@ -39,8 +39,11 @@ import os
 import re
 import signal
 import sys
+import textwrap
+import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -320,6 +323,11 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
 
 
 def catch_signals(grace: float = 1.0) -> list[int]:
@@ -1677,33 +1685,17 @@ def how_to_go_on(run_dir: Path, global_step: int, saved_step: int | None) -> str
 # ------------------------------------------------------------------------------------- evaluation and logging
 
 
-def start_wandb(args: Args, name: str, run_id: str | None = None):
-    """The W&B run, or None when disabled. Never asks for a login; records offline where online fails."""
-    if args.wandb_mode == "disabled":
-        return None
-    import wandb
+def slug(text: str) -> str:
+    """``text`` as a name that files and W&B's runs, projects and artifacts may have.
 
-    mode = args.wandb_mode
-    if mode in ("auto", "online") and not wandb.login(prompt=False, verify=False):
-        if mode == "online":
-            sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
-        print("W&B: no login, so the run is recorded offline; look: wandb leet; upload later: wandb sync")
-        mode = "offline"
-    mode = "online" if mode == "auto" else mode
-    settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, group=args.wandb_group, name=name)
-    settings |= dict(config=asdict(args), id=run_id, resume="allow" if run_id else None)
-    try:
-        run = wandb.init(mode=mode, **settings)
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-        print(f"W&B: {reason}: the run is recorded offline; look: wandb leet; upload later: wandb sync")
-        run = wandb.init(mode="offline", **settings)
-    code = wandb.Artifact(f"{Path(__file__).stem}-source", type="code")
-    code.add_file(__file__)
-    run.log_artifact(code)
-    run.define_metric("global_step")
-    run.define_metric("*", step_metric="global_step")
-    return run
+    ASCII letters, digits and ``_.-``, at most 64 of them: of a longer text the middle is left out.
+    """
+    letters = unicodedata.normalize("NFKD", text)
+    letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    name = re.sub(r"[^\w.-]+", "-", letters, flags=re.ASCII).lstrip(".")
+    if len(name) > 64:
+        name = name[:31] + "--" + name[-31:]
+    return name or "run"
 
 
 def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
@@ -1755,30 +1747,28 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     returns, lengths, unique_frames = ([episode[key] for episode in episodes] for key in ("r", "l", "unique_frames"))
     mean, spread = float(np.mean(returns)), float(np.std(returns))
     tqdm.write(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
-    if run:
+    metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread}
+    metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
+    tracker.log(metrics, global_step)
+    if recorder.count:
+        tracker.log_video(video, recorder.still, global_step)
+    if not tracker.working:
+        return
+    with tracker.guard():
         import wandb
 
-        metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread, "global_step": global_step}
-        metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
         q_values = last_q_values.astype(float)
-        metrics["eval/q_values"] = wandb.Histogram(q_values[np.isfinite(q_values)])
+        media = {"eval/q_values": wandb.Histogram(q_values[np.isfinite(q_values)])}
         edges = np.arange(len(action_counts) + 1) - 0.5
-        metrics["eval/actions"] = wandb.Histogram(np_histogram=(action_counts, edges))
-        run.log(metrics)
+        media["eval/actions"] = wandb.Histogram(np_histogram=(action_counts, edges))
         table = [[*row, None] for row in zip(returns, lengths, unique_frames)]
         if recorder.count:
-            try:
-                media = {"videos/eval": wandb.Video(str(video), format="mp4")}
-                media |= {"images/eval": wandb.Image(recorder.still), "global_step": global_step}
-                if args.saliency != "none" and "game" in env.boxes:
-                    left, top, right, bottom = env.boxes["game"]
-                    media["images/saliency"] = wandb.Image(recorder.still[top:bottom, left:right])
-                run.log(media)
-                table[0][-1] = wandb.Video(str(video), format="mp4")
-            except Exception as error:  # the encoder or the disk failed
-                recorder.fail(error)
+            table[0][-1] = wandb.Video(str(video), format="mp4")
+            if args.saliency != "none" and "game" in env.boxes:
+                left, top, right, bottom = env.boxes["game"]
+                media["images/saliency"] = wandb.Image(recorder.still[top:bottom, left:right])
         columns = ["return", "length", "unique_frames", "video"]
-        run.log({"eval/episodes": wandb.Table(columns, table), "global_step": global_step})
+        tracker.log(media | {"eval/episodes": wandb.Table(columns, table)}, global_step)
 
 
 # -------------------------------------------------------------------------------------------------- training

@@ -2,6 +2,7 @@
 
 import copy
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -621,8 +622,8 @@ def test_training_copies_and_publishes_the_weights_in_time(scripted, monkeypatch
     monkeypatch.setattr(apex_dqn_atari.ray, "shutdown", lambda: events.append(("shutdown",)))
     monkeypatch.setattr(apex_dqn_atari, "evaluate", lambda *arguments, **flags: None)
     logged = []
-    run = SimpleNamespace(id="run", log=logged.append, finish=lambda code: None, log_model=lambda *_, **flags: None)
-    monkeypatch.setattr(apex_dqn_atari, "start_wandb", lambda *arguments: run)
+    tracker = Mock(run_id="run", log=lambda metrics, global_step: logged.append(metrics))
+    monkeypatch.setattr(apex_dqn_atari, "Tracker", lambda *arguments, **flags: tracker)
     monkeypatch.setattr(Agent, "update", record_update)
     monkeypatch.setattr(Agent, "update_target", record_copy)
     assert apex_dqn_atari.train(args, CPU, tmp_path, None) == 0

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -437,21 +438,10 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
         lives_lost.append([env for env in np.flatnonzero(result[2]) if env not in ended[-1]])
         return result
 
-    class Run:
-        id = "run"
-
-        def log(self, metrics):
-            logged.append(metrics)
-
-        def log_model(self, path, name):
-            pass
-
-        def finish(self, exit_code):
-            pass
-
+    tracker = Mock(run_id="run", log=lambda metrics, global_step: logged.append(metrics))
     monkeypatch.setattr(Agent, "act", act)
     monkeypatch.setattr(AtariVector, "recv", recv)
-    monkeypatch.setattr(bootstrapped_dqn_atari, "start_wandb", lambda *_: Run())
+    monkeypatch.setattr(bootstrapped_dqn_atari, "Tracker", lambda *_, **flags: tracker)
     monkeypatch.setattr(bootstrapped_dqn_atari, "evaluate", lambda *arguments, **flags: None)
     args = Args(env_id="Breakout", num_envs=3, batch_size=8, precision="float32", num_heads=31, num_workers=0)
     args.total_timesteps, args.learning_starts, args.buffer_size, args.start_e = 2400, 2399, 2400, 1.0

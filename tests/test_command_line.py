@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers import (
     NO_EXTRAS,
     SHORT,
@@ -58,11 +59,14 @@ def test_wandb_record_is_complete(recorded):
     wanted = {f"charts/{name}" for name in charts} | {f"eval/{name}" for name in evaluation}
     assert wanted | {"losses/td_loss", "losses/q_values", "videos/eval", "images/eval"} <= logged
     assert {item["global_step"] for item in history if "eval/episodic_return" in item} == {1200, 2400}
-    artifacts = {artifact["type"]: artifact for artifact in of_type["artifact"]}
-    assert [entry["path"] for entry in artifacts["model"]["manifest"]["contents"]] == ["model.pt"]
-    assert [entry["path"] for entry in artifacts["code"]["manifest"]["contents"]] == ["dqn_atari.py"]
+    (model,) = of_type["artifact"]
+    assert [entry["path"] for entry in model["manifest"]["contents"]] == ["model.pt"]
+    (wandb_folder,) = (folder / "wandb").glob("offline-run-*")
+    (staged,) = (wandb_folder / "artifacts/staging").iterdir()
+    assert staged.read_bytes() == (run_folder(folder) / "model.pt").read_bytes()
+    media = wandb_folder / "files"
+    assert (media / "code/dqn_atari.py").read_bytes() == (ROOT / "dqn_atari.py").read_bytes()
     files = {file["path"] for record in of_type["files"] for file in record["files"]}
-    media = next((folder / "wandb").glob("offline-run-*/files"))
     videos = [file for file in files if file.endswith(".mp4")]
     assert len(videos) == 2 and all((media / video).stat().st_size > 1000 for video in videos)
     assert len([file for file in files if file.startswith("media/images/images/eval")]) == 2
@@ -140,8 +144,8 @@ def test_resume_goes_on_with_the_same_wandb_run(tmp_path):
     assert run(tmp_path, flags.format(1000)).returncode == 0
     result = run(tmp_path, f"--resume {run_folder(tmp_path)}/checkpoint.pt --total-timesteps 2000")
     assert result.returncode == 0, result.stderr
-    ids = {path.suffixes and path.stem for path in (tmp_path / "wandb").glob("offline-run-*/*.wandb")}
-    assert len(ids) == 1 and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    records = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert [path.stem for path in records] == [f"run-{run_folder(tmp_path).name}"] * 2
 
 
 def test_killed_worker_ends_the_run(tmp_path):

@@ -184,9 +184,9 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
         ended.append(play(self))
         return ended[-1]
 
-    run = Mock(id="1")
+    tracker = Mock(run_id="1")
     monkeypatch.setattr(Players, "play", noting_play)
-    monkeypatch.setattr(ppo_atari, "start_wandb", lambda *_: run)
+    monkeypatch.setattr(ppo_atari, "Tracker", lambda *_, **flags: tracker)
     assert ppo_atari.train(args, CPU, tmp_path, None) == 0
     assert len(rollouts) == 2 and len(players[0].workers) == (num_workers if forks else 0)
     assert forks or len(players[0].pipes[0].halves) == 2
@@ -223,7 +223,7 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
         expected = direct_advantages(*direct)
         np.testing.assert_allclose(rollout.advantages.numpy(), expected, rtol=0, atol=tolerance.get("atol", 1e-4))
     assert kinds.min() >= 3  # both kinds of endings occurred
-    points = [call.args[0] for call in run.log.call_args_list if "charts/episodic_return" in call.args[0]]
+    points = [call.args[0] for call in tracker.log.call_args_list if "charts/episodic_return" in call.args[0]]
     assert sorted((point["global_step"], point["charts/episodic_return"]) for point in points) == sorted(logged)
 
 
