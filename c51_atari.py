@@ -32,6 +32,7 @@ elsewhere.
 import atexit
 import ctypes
 import difflib
+import io
 import math
 import multiprocessing
 import os
@@ -43,14 +44,13 @@ import threading
 import time
 import traceback
 import unicodedata
-import warnings
 import zipfile
 import zlib
 from collections import deque
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
 
 import ale_py
 import cv2
@@ -292,10 +292,15 @@ def check_args(args: Args) -> None:
         sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
 
 
+def device_types() -> list[str]:
+    """The kinds of device that this machine has, the fastest first."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [accelerator.type, "cpu"] if accelerator else ["cpu"]
+
+
 def find_device(name: str) -> torch.device:
     """The device that ``--device`` means; ends the program if this machine has none such."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    usable = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    usable = device_types()
     try:
         device = torch.device(usable[0] if name == "auto" else name)
     except RuntimeError:
@@ -329,29 +334,76 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
+def guard_streams() -> None:
+    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
+
+    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
+    file opened would take the number of a closed stream.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace", line_buffering=True)
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+            raw.write = lossy(raw.write)
+
+
+def lossy(write):
+    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
+
+    def write_or_lose(data) -> int:
+        try:
+            return write(data) or len(data)  # None: a pipe is full and does not block
+        except OSError:
+            return len(data)
+
+    return write_or_lose
+
+
 def say(text: str, file=None) -> None:
     """Prints a line beside the progress bar, to stdout unless another stream is given."""
     tqdm.write(text, file=file)
 
 
-def catch_signals(grace: float = 1.0) -> list[int]:
-    """From now on SIGINT and SIGTERM are added to the list returned; after ``grace`` seconds a further one is fatal.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-    Terminals, ``timeout`` and job schedulers can signal a process and its group, so that one stop arrives twice.
+
+def catch_signals() -> list[int]:
+    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
+
+    Those that are ignored stay so: nohup and scripts have their reasons.
     """
-    caught, fatal_from = [], math.inf
+    caught = []
 
     def catch(number: int, _) -> None:
-        nonlocal fatal_from
-        if time.monotonic() >= fatal_from:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        fatal_from = min(fatal_from, time.monotonic() + grace)
+        if not caught:
+            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
+            with suppress(OSError):
+                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, catch)
     return caught
+
+
+def run_main() -> None:
+    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
+
+    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
+    """
+    guard_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
+    exit_code = main()
+    if exit_code > 128:
+        signal.signal(exit_code - 128, signal.SIG_DFL)
+        atexit._run_exitfuncs()
+        signal.raise_signal(exit_code - 128)
+    sys.exit(exit_code)
 
 
 # ------------------------------------------------------------------------------------------- Atari environment
@@ -554,8 +606,8 @@ def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
 
 def work(pipe, inherited: list, make_slice, *share) -> None:
     """Body of a worker process: serves a slice until the main process closes the pipe or dies."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and job schedulers signal every process: the main one
-        signal.signal(number, signal.SIG_IGN)  # decides, and needs the games for its checkpoint
+    for number in STOP_SIGNALS:  # terminals and job schedulers signal every process: the main one decides,
+        signal.signal(number, signal.SIG_IGN)  # and needs the games for its checkpoint
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
@@ -1033,10 +1085,6 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone().to(device)
 
 
-def say(text: str, file=None) -> None:
-    tqdm.write(text, file=file)
-
-
 # -------------------------------------------------------------------------------------- overlay and recorder
 
 GROUND = (18, 19, 23)
@@ -1463,6 +1511,9 @@ def read_flags(path: Path, part: str) -> Args:
             setattr(saved, name, value)
     except Exception as error:
         refuse(path, error)
+    if saved.device.split(":")[0] not in ("auto", *device_types()):
+        say(f"this machine has no {saved.device}, where the run was: --device is auto")
+        saved.device = "auto"
     return saved
 
 
@@ -1526,13 +1577,141 @@ def slug(text: str) -> str:
     return name or "run"
 
 
+class Tracker:
+    """The run's record in Weights & Biases.
+
+    W&B never ends a run and never holds it up: whatever it raises is one warning, after which the tracker does
+    nothing, as it does when W&B is disabled.
+    """
+
+    def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
+        name = slug(run_dir.resolve().name)
+        self.run = None
+        self.run_id = run_id or name
+        mode = args.wandb_mode
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or "auto"
+        self.working = mode != "disabled"
+        if self.working:
+            with self.guard():
+                self.start(args, mode, name, job_type)
+
+    def start(self, args: Args, mode: str, name: str, job_type: str) -> None:
+        """Begins or resumes the run, offline where online fails. Never asks for a login."""
+        if mode != "auto":
+            os.environ["WANDB_MODE"] = mode  # a flag wins over it
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself can hold up the exit
+        import wandb
+
+        paths = dict(program_abspath=os.path.abspath(__file__), program_relpath=Path(__file__).name)
+        options = dict(
+            project=slug(args.wandb_project_name),
+            entity=args.wandb_entity,
+            group=args.wandb_group,
+            job_type=job_type,
+            id=self.run_id,
+            name=name,
+            resume="allow",
+            config=asdict(args),
+            save_code=True,
+            settings=wandb.Settings(init_timeout=30, **paths),
+        )
+        reason = ""
+        if mode in ("auto", "online"):
+            try:
+                logged_in = wandb.login(prompt=False, verify=False)
+                if args.wandb_mode == "online" and not logged_in:
+                    sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
+                if logged_in:
+                    self.run = wandb.init(mode="online", **options)
+                reason = "no login: "
+            except wandb.Error as error:
+                reason = f"{textwrap.shorten(str(error), 200)}: "
+                self.background(wandb.teardown).join(1)  # its half-started run has the name that is needed now
+            mode = "offline"
+        if self.run is None:
+            self.run = wandb.init(mode=mode, **options)
+        if self.run.offline:
+            say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
+        os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # files on their way: not in the home
+        self.run_id = self.run.id
+        self.run.define_metric("global_step")
+        self.run.define_metric("*", step_metric="global_step")
+
+    def log(self, metrics: dict, global_step: int) -> None:
+        """One row a step: what has the same ``global_step`` is joined, and steps must not fall.
+
+        A run that was killed and resumed repeats steps; those that W&B has are left out.
+        """
+        if self.working and global_step >= self.run.starting_step:
+            with self.guard():
+                self.run.log(metrics | {"global_step": global_step}, step=global_step)
+
+    def log_video(self, path: Path, still: np.ndarray | None, global_step: int) -> None:
+        if self.working:
+            with self.guard():
+                import wandb
+
+                media = {"videos/eval": wandb.Video(str(path), format="mp4")}
+                if still is not None:
+                    media["images/eval"] = wandb.Image(still)
+                self.log(media, global_step)
+
+    def log_model(self, path: Path) -> None:
+        if self.working:
+            with self.guard():
+                import wandb
+
+                artifact = wandb.Artifact(f"{self.run_id}-model", type="model")
+                artifact.add_file(str(path), skip_cache=True)
+                self.background(self.run.log_artifact, artifact).join(10)  # it asks the server something
+
+    def finish(self, exit_code: int = 0, stopped=lambda: False) -> None:
+        """Waits for the upload of what is left; after a signal (a true ``stopped()``) for a few seconds at most."""
+        if self.run is None:
+            return
+        import wandb
+
+        command = f"wandb sync --include-online {self.run.settings.sync_dir}"
+        upload = self.background(self.run.finish, exit_code)
+        upload.join(5)
+        if upload.is_alive() and not stopped():
+            say(f"W&B: waiting for the upload; Ctrl-C ends it, the record is on disk: {command}")
+        while upload.is_alive() and not stopped():
+            upload.join(0.2)
+        if upload.is_alive():
+            say(f"W&B: not all was uploaded, but the record is on disk: {command}")
+        self.working = False
+        self.background(wandb.teardown).join(5)  # W&B's own, at exit, would go on waiting
+
+    def background(self, function, *arguments) -> threading.Thread:
+        def call():
+            with self.guard():
+                function(*arguments)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        return thread
+
+    @contextmanager
+    def guard(self):
+        """Whatever is raised inside is one warning, and the end of tracking."""
+        try:
+            yield
+        except Exception as error:
+            if self.working:
+                reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+                say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
+            self.working = False
+
+
 def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
     """The charts of games that have ended, each the mean over them."""
     names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
     return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
 
 
-def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, run, stopped=lambda: False) -> None:
+def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
     """Plays whole games, records the first, prints and logs the results.
 
     All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
@@ -1563,12 +1742,10 @@ def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, 
     recorder.close()
     if len(episodes) < args.eval_episodes:
         return
-    returns, lengths, unique_frames = ([episode[key] for episode in episodes] for key in ("r", "l", "unique_frames"))
+    returns = [episode["r"] for episode in episodes]
     mean, spread = float(np.mean(returns)), float(np.std(returns))
-    tqdm.write(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
-    metrics = {"eval/episodic_return": mean, "eval/episodic_return_std": spread}
-    metrics |= {"eval/episodic_length": np.mean(lengths), "eval/unique_frames": np.mean(unique_frames)}
-    tracker.log(metrics, global_step)
+    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
+    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
     if recorder.count:
         tracker.log_video(video, recorder.still, global_step)
 

@@ -17,7 +17,9 @@ import apex_dqn_atari
 import dqn_atari
 
 SERIAL = ["dqn_atari", "c51_atari", "bootstrapped_dqn_atari", "ppo_atari"]
-FLAGS = "--env-id Breakout --num-workers 0 --eval-frequency 0 --eval-episodes 1 --no-capture-video --wandb-mode disabled"
+FLAGS = (
+    "--env-id Breakout --num-workers 0 --eval-frequency 0 --eval-episodes 1 --no-capture-video --wandb-mode disabled"
+)
 OFF_POLICY = " --num-envs 4 --learning-starts 64 --buffer-size 100 --total-timesteps 80 --batch-size 8"
 ON_POLICY = " --num-envs 4 --num-steps 10 --num-minibatches 2 --update-epochs 1 --total-timesteps 80"
 
@@ -294,7 +296,9 @@ def test_second_process_is_refused_and_the_lock_dies_with_the_first(tmp_path):
     folder = run_folder(tmp_path)
     result = run(tmp_path, f"--resume {folder} --wandb-mode disabled")
     assert result.returncode == 1
-    assert result.stderr.strip().endswith(f"another process is training the run in {folder}: wait for its end, or stop it")
+    assert result.stderr.strip().endswith(
+        f"another process is training the run in {folder}: wait for its end, or stop it"
+    )
     process.kill()
     dqn_atari.lock(folder)  # its workers may live on for a moment
     process.communicate()
@@ -321,7 +325,9 @@ def test_every_failed_checkpoint_warns_with_the_reason_of_the_disk(tmp_path, mon
         for _ in range(2):
             assert not dqn_atari.save(path, {"a": 2})
     warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2 and all("was not written" in line and "Read-only file system" in line for line in warnings)
+    assert len(warnings) == 2 and all(
+        "was not written" in line and "Read-only file system" in line for line in warnings
+    )
     assert path.read_bytes() == before
     assert not dqn_atari.save(path / "checkpoint.pt", {"a": 2})
     assert "Not a directory" in capsys.readouterr().err or path.read_bytes() == before
