@@ -107,15 +107,11 @@ class RunFlags:
     total_timesteps: int = 10_000_000
     """steps of the whole run, of all games together; a step is 4 emulator frames"""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
-    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """where Weights & Biases records the run; auto: online when logged in, else offline"""
-    wandb_project_name: str = "watchrl"
-    """project of the W&B run"""
-    wandb_entity: str | None = None
-    """team or user of the W&B run (default: your own)"""
-    wandb_group: str | None = None
-    """group of the W&B run, to compare seeds"""
+    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
     """folder in which each run gets a folder of its own"""
     checkpoint_frequency: int = 500_000
@@ -177,9 +173,9 @@ class AlgorithmFlags:
     learning_rate: float = 6.25e-5
     """learning rate of RMSProp"""
     buffer_size: int = 2_000_000
-    """transitions in the replay (7,070 bytes each: 14.1 GB for two million)"""
+    """transitions in the replay, 7,070 bytes each: 14.1 GB for two million"""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the replay lies; auto: beside the learner on CUDA if it fits there, else in main memory"""
+    """where the replay lies; auto is the GPU, with CUDA, if there is room, else main memory"""
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 3

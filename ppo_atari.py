@@ -92,39 +92,7 @@ class RunFlags:
     exp_name: str = Path(__file__).stem
     """name of the experiment, a part of the run's name"""
     seed: int = 1
-    """seed of all that is random"""
-    torch_deterministic: bool = True
-    """make cuDNN choose deterministic algorithms"""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps ...; auto takes the GPU if there is one, else the CPU"""
-    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """where Weights & Biases records the run; auto: online when logged in, else offline"""
-    wandb_project_name: str = "watchrl"
-    """project of the W&B run"""
-    wandb_entity: str | None = None
-    """team or user of the W&B run (default: your own)"""
-    wandb_group: str | None = None
-    """group of the W&B run, to compare seeds"""
-    run_dir: str = "runs"
-    """folder in which the run's own folder is made"""
-    capture_video: bool = True
-    """record the first game of each evaluation"""
-    video_length: int = 4500
-    """longest video, in agent steps (15 a second: 4500 are 5 minutes)"""
-    eval_frequency: int = 500_000
-    """steps between two evaluations (0: only one, at the end)"""
-    eval_episodes: int = 5
-    """whole games in an evaluation"""
-    eval_epsilon: float = 0.0
-    """probability of a random action in an evaluation; all others are drawn from the policy"""
-    checkpoint_frequency: int = 500_000
-    """steps between two checkpoints (0: only when stopped and at the end)"""
-    resume: str | None = None
-    """run folder or checkpoint.pt to go on with; its flags hold unless given anew"""
-    evaluate: str | None = None
-    """model.pt or checkpoint.pt to play and record, without training; its flags hold unless given anew"""
-    env_id: str = "BreakoutNoFrameskip-v4"
-    """game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same one here"""
+    """random seed"""
     total_timesteps: int = 10_000_000
     """steps of the whole run, of all games together; a step is 4 emulator frames"""
     device: str = "auto"

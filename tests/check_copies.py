@@ -37,7 +37,8 @@ OWN = {
     " Replay.ARRAYS Replay.__init__ Replay.add Replay.sample Replay.state_dict"
     " Replay.load_state_dict Agent.__init__ Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render"
     " train",
-    "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Args.learning_rate Args.eval_epsilon Args.max_grad_norm"
+    "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args EvaluationFlags.eval_epsilon"
+    " AlgorithmFlags.learning_rate AlgorithmFlags.max_grad_norm"
     " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace model evaluate train play main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
