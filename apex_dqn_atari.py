@@ -887,9 +887,11 @@ class Actors:
         self.requests = [deque() for _ in self.actors]  # the oldest first
         self.next_steps = [None] * args.num_actors  # the first step that each actor's next chunk should have
         self.heard = [time.monotonic()] * args.num_actors  # when each actor's last chunk arrived
+        self.probe = ray.put(None)
 
     def publish(self, weights: dict[str, np.ndarray], updates: int) -> None:
         """Puts the weights where all actors find them, once; they count from the next request on."""
+        self.check_ray()
         self.weights, self.updates = ray.put(weights), updates
 
     def receive(self, patience: float):
@@ -898,16 +900,13 @@ class Actors:
         Waits up to ``patience`` seconds for the first. Warns of an actor that has sent nothing for ``SILENCE`` seconds;
         ends the program if an actor has raised an error or Ray has died.
         """
+        self.check_ray()
         for actor, requests in enumerate(self.requests):
             while len(requests) < REQUESTS:
                 requests.append(self.actors[actor].play.remote(self.weights, self.updates))
         oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
-        try:
-            arrived, _ = ray.wait(list(oldest), timeout=patience)
-            arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0) if arrived else ([], [])
-            ray.wait([self.weights], timeout=0)  # raises if Ray has died; ray.get would end the program without a word
-        except OSError:
-            sys.exit("error: the raylet, Ray's process on this machine, has died: go on with --resume")
+        arrived, _ = ray.wait(list(oldest), timeout=patience)
+        arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0) if arrived else ([], [])
         for reference in arrived:
             actor = oldest[reference]
             self.requests[actor].popleft()
@@ -931,6 +930,13 @@ class Actors:
                 say(f"{problem} (Ray then kills it again and again: {remedy})", file=sys.stderr)
                 self.heard[actor] = math.inf  # once is enough
 
+    def check_ray(self) -> None:
+        """Ends the program with a sentence if Ray has died: ``ray.get`` and ``ray.put`` would end it without a word."""
+        try:
+            ray.wait([self.probe], timeout=0)
+        except OSError:
+            sys.exit("error: the raylet, Ray's process on this machine, has died: go on with --resume")
+
     def close(self) -> None:
         """Takes the requests back: Ray would complain of each that is open when it is shut down."""
         requests = sum(map(list, self.requests), [])
@@ -948,6 +954,7 @@ def start_ray(args: Args) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.num_actors = args.num_actors or max(cores - 1, 1)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one into the home folder
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else every other program's work comes before the actors'
         in_flight = args.num_actors * REQUESTS * CHUNK * args.envs_per_actor * BYTES_PER_TRANSITION
         options |= {"num_cpus": args.num_actors, "object_store_memory": 2 * in_flight + 2**28}
         if len(os.fsencode(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", ""))) > 35:

@@ -714,12 +714,15 @@ def test_actor_that_sends_nothing_is_missed(fake_ray, capsys, monkeypatch):
 
 
 def test_dead_ray_is_one_sentence(fake_ray):
-    """Before ``ray.get``, which would end the program without a word."""
+    """Before ``ray.get`` and ``ray.put``, which would end the program without a word."""
     actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
     actors.publish("weights", 7)
-    fake_ray.answers, fake_ray.dead = [ValueError("asked for")], True
+    list(actors.receive(patience=0))
+    fake_ray.dead = True
     with pytest.raises(SystemExit, match="^error: the raylet, Ray's process on this machine, has died: go on"):
-        list(actors.receive(patience=0))
+        actors.publish("weights", 8)
+    with pytest.raises(SystemExit, match="^error: the raylet, Ray's process on this machine, has died: go on"):
+        next(actors.receive(patience=0))
     actors.close()
 
 
