@@ -1,7 +1,7 @@
 """The overlay shows the numbers it was given, and the video holds every picture up to the end of the game."""
 
-import signal
 import runpy
+import signal
 
 import cv2
 import numpy as np
@@ -283,8 +283,8 @@ def test_ffmpeg_does_not_hear_the_terminal(tmp_path):
     env.think(np.zeros(6), 0)
     for _ in range(20):
         recorder.write(env)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            recorder.ffmpeg.send_signal(number)
+        for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            recorder.ffmpeg.send_signal(stop)
     recorder.close()
     assert recorder.count == 20 and len(read_video(recorder.path)[1]) == 20
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
