@@ -1208,8 +1208,8 @@ class Step(NamedTuple):
 
 # ----------------------------------------------------------------------------------------------------- panels
 
-# A panel draws into its box what it reads from ``state``, the ``Overlay``. ``width`` is its share of a row; ``height``
-# is in pixels, and stretched or squeezed so that the rows fill the picture.
+# A panel draws on a ``Canvas``, into a ``Box`` of it, what it reads from ``state``, the ``Overlay``. ``width`` is its
+# share of a row; ``height`` is in pixels, and stretched or squeezed so that the rows fill the picture.
 
 
 class Game:
@@ -1219,12 +1219,12 @@ class Game:
     CAPTIONS = 90  # height of the lines below the screen
     LEAST = 0.01  # changes of the Q-value below this, or this share of it if it is above 1, have less than full color
 
-    def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
+    def draw(self, canvas, box, state):
         screen = state.env.screen()
-        left, right = box.left + 20, box.right - 20
+        left = box.left + 20
         top = box.bottom - self.CAPTIONS
         canvas.text(state.env.game, left, top + 23, TEXT, 22, 600)
-        canvas.text(state.notice, right, top + 23, CHOSEN, 15, 600, right=True)
+        canvas.text(state.notice, box.right - 20, top + 23, CHOSEN, 15, 600, right=True)
         canvas.text(state.subtitle, left, top + 44, QUIET, 15)
         if state.saliency is not None and np.isfinite(state.saliency).all():
             heat, title, scale = self.heat(state)
@@ -1234,18 +1234,22 @@ class Game:
             screen = (screen + opacity * (np.array(HEAT) - screen)).astype(np.uint8)
         canvas.image(box._replace(bottom=top), screen)
 
-    def heat(self, state: "Overlay") -> tuple[np.ndarray, str, str]:
+    def heat(self, state) -> tuple[np.ndarray, str, str]:
         """The saliency map between 0 and 1, full color, and two lines that say what it shows."""
         q_value = f"Q(s, {state.env.action_names[state.greedy]})"
         peak = float(state.saliency.max())
         if state.args.saliency == "gradient":  # the map holds changes a gray level
             change = 255 * peak
-            title, scale = f"slope of {q_value} in each pixel", f"up to {change:.2g} from black to white"
+            title = f"slope of {q_value} in each pixel"
+            scale = f"up to {change:.2g} from black to white"
         else:  # the map holds halves of squared changes
             change = math.sqrt(2 * peak)
-            title, scale = f"where blurring moves {q_value}", f"by up to {change:.2g}"
-        least = self.LEAST * max(1.0, abs(float(state.q_values[state.greedy])))
-        heat = min(1.0, change / least) * state.saliency / (peak or 1.0)
+            title = f"where blurring moves {q_value}"
+            scale = f"by up to {change:.2g}"
+        size = abs(float(state.q_values[state.greedy]))
+        least = self.LEAST * max(1.0, size)
+        strength = min(1.0, change / least)
+        heat = strength * state.saliency / (peak or 1.0)
         return heat, title, f"{scale}, full color at {max(change, least):.2g}"
 
 
@@ -1253,30 +1257,47 @@ class QValues:
     """One bar an action, its length the Q-value's distance from the lowest: values often differ by a percent."""
 
     width, height = 1 / 2, 374
-    NAMES, NUMBERS = 136, 104  # widths of the columns at the left and at the right of the bars
+    NAMES = 136  # width of the column at the left of the bars
+    NUMBERS = 104  # at their right
 
-    def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
+    def draw(self, canvas, box, state):
         if state.env.game_ended:
-            outcome = f"return {state.env.episode_return:,.0f} after {state.env.episode_length:,} steps"
-            canvas.text(state.notice, box.left, box.top + 64, TEXT, 22, 600)
-            canvas.text(outcome, box.left, box.top + 94, QUIET, 18)
-            return
+            self.draw_end(canvas, box, state)
+        else:
+            self.draw_bars(canvas, box, state)
+
+    def draw_end(self, canvas, box, state):
+        """What the game came to, in the place of thoughts."""
+        game = state.env
+        outcome = f"return {game.episode_return:,.0f} after {game.episode_length:,} steps"
+        canvas.text(state.notice, box.left, box.top + 64, TEXT, 22, 600)
+        canvas.text(outcome, box.left, box.top + 94, QUIET, 18)
+
+    def draw_bars(self, canvas, box, state):
         low, high = finite_range(state.q_values, BAR_SPAN)
-        key = {"greedy": GREEDY, "taken" if state.action == state.greedy else "exploring": CHOSEN}
+        taken = "taken" if state.action == state.greedy else "exploring"
+        key = {"greedy": GREEDY, taken: CHOSEN}
         box = canvas.title(box, "Q(s, a)", f"full bar {high - low:.2g}", key)
         names = state.env.action_names
+        longest = max(map(len, names))
         pitch = min(44, (box.bottom - box.top) // len(names))
-        size = min(20, pitch - 3, 200 // max(map(len, names)))
-        left, right = box.left + self.NAMES, box.right - self.NUMBERS
-        for i, (name, value) in enumerate(zip(names, state.q_values.tolist())):
-            top, bottom = box.top + i * pitch, box.top + (i + 1) * pitch - 1
-            baseline = top + (pitch + size) // 2 - 2
-            length = round((right - left) * (value - low) / (high - low)) if math.isfinite(value) else 0
-            canvas.fill(left, top + 3, left + max(length, 1), bottom - 3, GREEDY if i == state.greedy else BAR)
+        size = min(20, pitch - 3, 200 // longest)
+        left = box.left + self.NAMES
+        right = box.right - self.NUMBERS
+        for i, value in enumerate(state.q_values.tolist()):
+            top = box.top + i * pitch
+            bottom = top + pitch - 1
+            share = (value - low) / (high - low) if math.isfinite(value) else 0.0
+            length = max(1, round(share * (right - left)))
+            color = GREEDY if i == state.greedy else BAR
+            canvas.fill(left, top + 3, left + length, bottom - 3, color)
             if i == state.action:
                 cv2.rectangle(canvas.picture, (left - 4, top), (right + 4, bottom), CHOSEN, 2)
-            color, weight = (TEXT, 600) if i in (state.greedy, state.action) else (QUIET, 400)
-            canvas.text(name, box.left, baseline, color, size, weight)
+            marked = i in (state.greedy, state.action)
+            color = TEXT if marked else QUIET
+            weight = 600 if marked else 400
+            baseline = top + (pitch + size) // 2 - 2
+            canvas.text(names[i], box.left, baseline, color, size, weight)
             canvas.text(number(value), box.right, baseline, color, size, weight, right=True)
 
 
@@ -1286,20 +1307,21 @@ class Frames:
     width, height = 1 / 2, 374
     GAP = 8  # pixels between frames
 
-    def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
+    def draw(self, canvas, box, state):
         box = canvas.title(box, "what the network sees, newest last")
-        columns = max((2, 4), key=lambda columns: self.size(box, columns))
-        size = self.size(box, columns)
+        size = max(self.size(box, 2), self.size(box, 4))
+        columns = 2 if size == self.size(box, 2) else 4
         for i, frame in enumerate(state.env.stack):
             x = box.left + i % columns * (size + self.GAP)
             y = box.top + i // columns * (size + self.GAP)
             canvas.image(Box(x, y, x + size, y + size), frame)
 
-    def size(self, box: Box, columns: int) -> int:
+    def size(self, box, columns: int) -> int:
         """The largest side of a frame if they stand in so many columns."""
         rows = STACK // columns
-        width, height = box.right - box.left + self.GAP, box.bottom - box.top + self.GAP
-        return min(width // columns, height // rows) - self.GAP
+        width = (box.right - box.left + self.GAP) // columns
+        height = (box.bottom - box.top + self.GAP) // rows
+        return min(width, height) - self.GAP
 
 
 class History:
@@ -1307,7 +1329,7 @@ class History:
 
     width, height = 1, 114
 
-    def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
+    def draw(self, canvas, box, state):
         q_values = np.array([step.q_values for step in state.steps], float).T
         low, high = finite_range(q_values, TRACE_SPAN)
         key = {"V(s)": GREEDY, "exploring": CHOSEN, "reward": GAIN, "penalty": LOSS, "life lost": LIFE}
@@ -1318,13 +1340,15 @@ class History:
             if step.life_lost:
                 canvas.fill(at - 1, box.top, at + 1, box.bottom, LIFE)
             if step.reward:
-                canvas.fill(at, box.top, at, box.bottom, GAIN if step.reward > 0 else LOSS)
+                color = GAIN if step.reward > 0 else LOSS
+                canvas.fill(at, box.top, at, box.bottom, color)
         canvas.curves(box, q_values, QUIET, 1, (low, high))
         canvas.curves(box, q_values.max(0), GREEDY, 2, (low, high))
-        y = y_axis(box, q_values, low, high)
-        for i, step in enumerate(state.steps):
-            if step.action != step.q_values.argmax() and math.isfinite(y[step.action, i]):
-                cv2.circle(canvas.picture, (x[i], round(y[step.action, i])), 4, CHOSEN, -1, cv2.LINE_AA)
+        for at, step in zip(x, state.steps):
+            value = float(step.q_values[step.action])
+            if step.action != step.q_values.argmax() and math.isfinite(value):
+                y = round(y_axis(box, value, low, high))
+                cv2.circle(canvas.picture, (at, y), 4, CHOSEN, -1, cv2.LINE_AA)
 
 
 class Surprise:
@@ -1332,19 +1356,21 @@ class Surprise:
 
     width, height = 1, 80
 
-    def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
+    def draw(self, canvas, box, state):
         surprises = np.array([step.surprise for step in state.steps])
-        most = max(TRACE_SPAN, *map(abs, finite_range(surprises)))
+        low, high = finite_range(surprises)
+        most = max(-low, high, TRACE_SPAN)
         title = f"surprise: r + {state.args.gamma:g} max Q(s') - Q(s, a)"
         figure = f"now {number(surprises[-1])}, full height {number(most)}"
         box = canvas.title(box, title, figure, {"better": GAIN, "worse": LOSS})
-        x = x_axis(box, len(surprises)).round().astype(int).tolist()
-        y = y_axis(box, surprises, -most, most)
         zero = round((box.top + box.bottom) / 2)
         canvas.fill(box.left, zero, box.right, zero, GRID)
-        for at, end, surprise in zip(x, y, surprises):
+        x = x_axis(box, len(surprises)).round().astype(int).tolist()
+        y = y_axis(box, surprises, -most, most)
+        for at, end in zip(x, y):
             if math.isfinite(end) and round(end) != zero:
-                canvas.fill(at - 1, zero, at + 1, round(end), GAIN if surprise > 0 else LOSS)
+                color = GAIN if end < zero else LOSS
+                canvas.fill(at - 1, zero, at + 1, round(end), color)
 
 
 class Facts:
@@ -1353,17 +1379,17 @@ class Facts:
     width, height = 1, 52
     COLUMNS = {"return": 0, "clipped return": 0.18, "step": 0.4, "epsilon": 0.53, "unique frames": 0.68, "lives": 0.91}
 
-    def draw(self, canvas: Canvas, box: Box, state: "Overlay") -> None:
-        env = state.env
+    def draw(self, canvas, box, state):
+        game = state.env
         facts = {
-            "return": f"{env.episode_return:,.0f}",
+            "return": f"{game.episode_return:,.0f}",
             "clipped return": f"{state.clipped_return:,.0f}",
-            "step": f"{env.episode_length:,}",
+            "step": f"{game.episode_length:,}",
             "epsilon": f"{state.args.eval_epsilon:g}",
-            "unique frames": f"{env.unique_frames:.2f}",
+            "unique frames": f"{game.unique_frames:.2f}",
         }
         if state.has_lives:
-            facts["lives"] = str(env.lives)
+            facts["lives"] = str(game.lives)
         for name, value in facts.items():
             x = box.left + round(self.COLUMNS[name] * (box.right - box.left))
             canvas.text(name, x, box.top + 16, QUIET)
@@ -1394,50 +1420,69 @@ class Overlay(gym.Wrapper):
     the Q-values are NaN.
     """
 
-    WIDTH, HEIGHT, MARGIN = 1280, 720, 20
+    WIDTH, HEIGHT = 1280, 720
+    MARGIN = 20  # around each panel
 
     def __init__(self, env: Atari, subtitle: str, args: Args):
         super().__init__(env)
-        self.subtitle, self.args = subtitle, args
+        self.subtitle = subtitle
+        self.args = args
         self.panels = {name: PANELS[name]() for name in args.panels or PANELS}
         self.boxes = self.layout()
-        self.canvas = Canvas(Game.width if list(self.panels) == ["game"] else self.WIDTH, self.HEIGHT)
+        width = Game.width if list(self.panels) == ["game"] else self.WIDTH
+        self.canvas = Canvas(width, self.HEIGHT)
         self.new_game()
 
-    def layout(self) -> dict[str, Box]:
-        """A box for every panel: the game at the left, the others in rows beside it, in the order given."""
-        boxes, rows, left, top = {}, [], self.MARGIN, self.MARGIN
+    def rows(self) -> list[list[str]]:
+        """The panels beside the game, in the order given, as many in a row as their widths allow."""
+        rows, width = [], math.inf
         for name, panel in self.panels.items():
             if name == "game":
-                boxes[name] = Box(0, 0, panel.width, panel.height)
-                left += panel.width
-            elif rows and sum(other.width for other in rows[-1].values()) + panel.width <= 1:
-                rows[-1][name] = panel
-            else:
-                rows.append({name: panel})
-        heights = [max(panel.height for panel in row.values()) for row in rows]
-        stretch = (self.HEIGHT - self.MARGIN * (len(rows) + 1)) / max(sum(heights), 1)
+                continue
+            width += panel.width
+            if width > 1:
+                rows.append([])
+                width = panel.width
+            rows[-1].append(name)
+        return rows
+
+    def layout(self) -> dict[str, Box]:
+        """A box for every panel: the game at the left, the others in rows beside it."""
+        boxes = {}
+        left = top = self.MARGIN
+        if "game" in self.panels:
+            boxes["game"] = Box(0, 0, Game.width, Game.height)
+            left += Game.width
+        rows = self.rows()
+        heights = [max(self.panels[name].height for name in row) for row in rows]
         for row, height in zip(rows, heights):
-            x, bottom = left, top + height * stretch
-            width = (self.WIDTH - left - self.MARGIN * len(row)) / sum(panel.width for panel in row.values())
-            for name, panel in row.items():
-                boxes[name] = Box(round(x), round(top), round(x + panel.width * width), round(bottom))
-                x += panel.width * width + self.MARGIN
+            free_height = self.HEIGHT - self.MARGIN * (len(rows) + 1)
+            free_width = self.WIDTH - left - self.MARGIN * len(row)
+            bottom = top + free_height * height / sum(heights)
+            x = left
+            for name in row:
+                shares = sum(self.panels[other].width for other in row)
+                right = x + free_width * self.panels[name].width / shares
+                boxes[name] = Box(round(x), round(top), round(right), round(bottom))
+                x = right + self.MARGIN
             top = bottom + self.MARGIN
         return boxes
 
     def new_game(self) -> None:
         self.steps = deque(maxlen=TRACE_STEPS)
         self.last_return = self.clipped_return = self.reward = 0.0
-        self.terminated = self.truncated = self.has_lives = False
+        self.terminated = False
+        self.has_lives = self.env.lives > 0
         self.notice = ""
 
     def reset(self, **kwargs):
-        if self.env.game_ended:
+        new_game = self.env.game_ended
+        outcome = self.env.reset(**kwargs)
+        if new_game:
             self.new_game()
-        return self.env.reset(**kwargs)
+        return outcome
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+    def step(self, action: int):
         observation, self.reward, self.terminated, self.truncated, info = self.env.step(action)
         self.clipped_return += self.reward
         return observation, self.reward, self.terminated, self.truncated, info
@@ -1449,16 +1494,21 @@ class Overlay(gym.Wrapper):
         The surprise is the one-step TD error of the step before as training has it, with the clipped reward and, under
         ``episodic_life``, no value after a lost life, but with the bootstrap of the Q-network itself.
         """
-        surprise, life_lost = 0.0, False
+        self.q_values = q_values
+        self.greedy = int(np.argmax(q_values))
+        self.action = action
+        self.saliency = saliency
+        surprise = 0.0
+        life_lost = False
         if self.steps:
-            last, value = self.steps[-1], 0.0 if self.terminated else float(q_values.max())
+            last = self.steps[-1]
+            value = 0.0 if self.terminated else float(q_values.max())
             surprise = self.reward + self.args.gamma * value - float(last.q_values[last.action])
             life_lost = self.env.lives < self.lives
-        self.q_values, self.saliency = q_values, saliency
-        self.greedy, self.action = int(np.argmax(q_values)), action
-        self.steps.append(Step(q_values, action, self.env.episode_return - self.last_return, life_lost, surprise))
-        self.last_return, self.lives = self.env.episode_return, self.env.lives
-        self.has_lives |= self.lives > 0
+        reward = self.env.episode_return - self.last_return
+        self.steps.append(Step(q_values, action, reward, life_lost, surprise))
+        self.last_return = self.env.episode_return
+        self.lives = self.env.lives
 
     def end(self, q_values: np.ndarray) -> None:
         """Notes the end of a game, with the Q-values of its last observation: they count only if it was cut off."""
@@ -1468,13 +1518,14 @@ class Overlay(gym.Wrapper):
         self.notice = "cut off at the frame limit" if self.truncated else "game over"
 
     def render(self) -> np.ndarray:
-        height, width, _ = self.canvas.picture.shape
-        cv2.rectangle(self.canvas.picture, (0, 0), (width - 1, height - 1), GROUND, -1)
+        picture = self.canvas.picture
+        height, width, _ = picture.shape
+        self.canvas.fill(0, 0, width - 1, height - 1, GROUND)
         for name, panel in self.panels.items():
             panel.draw(self.canvas, self.boxes[name], self)
         if "game" not in self.panels:  # which shows the notice below the screen
             self.canvas.text(self.notice, width - self.MARGIN, height - 5, CHOSEN, 15, 600, right=True)
-        return self.canvas.picture
+        return picture
 
 
 class Recorder:
