@@ -23,10 +23,12 @@ of your own, write a class like those in the section "panels" and name it in ``P
 """
 
 import atexit
+import contextlib
 import copy
 import ctypes
 import difflib
 import functools
+import io
 import math
 import multiprocessing
 import os
@@ -197,24 +199,78 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
-def catch_signals(grace: float = 1.0) -> list[int]:
-    """From now on SIGINT and SIGTERM are added to the list returned; after ``grace`` seconds a further one is fatal.
+def guard_streams() -> None:
+    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
 
-    Terminals, ``timeout`` and job schedulers can signal a process and its group, so that one stop arrives twice.
+    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
+    file opened would take the number of a closed stream.
     """
-    caught, fatal_from = [], math.inf
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace", line_buffering=True)
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+            raw.write = lossy(raw.write)
+
+
+def lossy(write):
+    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
+
+    def write_or_lose(data) -> int:
+        try:
+            return write(data) or len(data)  # None: a pipe is full and does not block
+        except OSError:
+            return len(data)
+
+    return write_or_lose
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def catch_signals() -> list[int]:
+    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
+
+    Those that are ignored stay so: nohup and scripts have their reasons.
+    """
+    caught = []
 
     def catch(number: int, _) -> None:
-        nonlocal fatal_from
-        if time.monotonic() >= fatal_from:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        fatal_from = min(fatal_from, time.monotonic() + grace)
+        if not caught:
+            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
         caught.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, catch)
     return caught
+
+
+def run_main() -> None:
+    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
+
+    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
+    """
+    guard_streams()
+    try:
+        exit_code = main()
+    except KeyboardInterrupt:
+        say("interrupted before the first step", file=sys.stderr)
+        exit_code = 128 + signal.SIGINT
+    if exit_code > 128:
+        signal.signal(exit_code - 128, signal.SIG_DFL)
+        atexit._run_exitfuncs()
+        signal.raise_signal(exit_code - 128)
+    sys.exit(exit_code)
 
 
 # ------------------------------------------------------------------------------------------- Atari environment
@@ -408,8 +464,8 @@ def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
 
 def work(pipe, inherited: list, make_slice, *share) -> None:
     """Body of a worker process: serves a slice until the main process closes the pipe or dies."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and job schedulers signal every process: the main one
-        signal.signal(number, signal.SIG_IGN)  # decides, and needs the games for its checkpoint
+    for number in STOP_SIGNALS:  # terminals and job schedulers signal every process: the main one decides,
+        signal.signal(number, signal.SIG_IGN)  # and needs the games for its checkpoint
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
@@ -1484,4 +1540,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main()
