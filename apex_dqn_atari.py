@@ -282,11 +282,9 @@ def run_main() -> None:
     So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
     """
     guard_streams()
-    try:
-        exit_code = main()
-    except KeyboardInterrupt:
-        say("interrupted before the first step", file=sys.stderr)
-        exit_code = 128 + signal.SIGINT
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
+    exit_code = main()
     if exit_code > 128:
         signal.signal(exit_code - 128, signal.SIG_DFL)
         atexit._run_exitfuncs()
