@@ -32,6 +32,7 @@ ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 """
 
 import atexit
+import contextlib
 import copy
 import ctypes
 import difflib
@@ -2034,4 +2035,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main()

@@ -20,8 +20,8 @@ NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disable
 
 def start(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / script), *flags.split()]
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, cwd=folder, **options)
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=folder, **piped | options)
 
 
 def run(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 import copy
 import platform
-import signal
 import subprocess
 import sys
 
@@ -175,15 +174,6 @@ def test_freed_memory_is_kept(kept):
     command = [sys.executable, "-c", "\n".join(lines)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (int(result.stdout) < 100) == kept
-
-
-def test_only_a_later_signal_is_fatal():
-    lines = ["import signal, time, dqn_atari", "caught = dqn_atari.catch_signals(grace=0.5)"]
-    lines += ["signal.raise_signal(signal.SIGINT)", "time.sleep(0.1)", "signal.raise_signal(signal.SIGTERM)"]
-    lines += ["print(*map(int, caught), flush=True)", "time.sleep(0.5)", "signal.raise_signal(signal.SIGTERM)"]
-    lines += ["print('alive')"]
-    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
-    assert (result.stdout, result.returncode) == ("2 15\n", -signal.SIGTERM), result.stderr
 
 
 def test_loss_that_is_not_finite_ends_the_run():

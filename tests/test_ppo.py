@@ -798,7 +798,7 @@ def test_signal_to_one_rank_stops_all(tmp_path):
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), ranks[0])
     os.kill(ranks[1].pid, signal.SIGTERM)
     outputs = [rank.communicate(timeout=60) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [143, 143], outputs
+    assert [rank.returncode for rank in ranks] == [-signal.SIGTERM] * 2, outputs
     assert "--resume" in outputs[0][0] and not outputs[1][0]
     folder = run_folder(tmp_path)
     assert (
