@@ -32,7 +32,6 @@ ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 """
 
 import atexit
-import contextlib
 import copy
 import ctypes
 import difflib
