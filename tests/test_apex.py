@@ -671,6 +671,14 @@ def fake_ray(monkeypatch):
     monkeypatch.setattr(apex_dqn_atari.ray, "put", lambda weights: weights)
     monkeypatch.setattr(apex_dqn_atari.ray, "wait", wait)
     monkeypatch.setattr(apex_dqn_atari.ray, "get", get)
+    monkeypatch.setattr(apex_dqn_atari.ray, "cancel", fake.cancelled.append)
+    return fake
+
+
+def test_chunk_follows_the_one_before_or_not(fake_ray, capsys):
+    """An actor that starts anew begins at step 0; another chunk is lost on the way."""
+    lost = apex_dqn_atari.ray.exceptions.ObjectLostError("0" * 56, None, "")
+    fake_ray.answers = [0, 50, 100, 0, 50, 100, lost, 200]
     actors = apex_dqn_atari.Actors(make_args(), 0)
     actors.publish("weights", 7)
     received = [item for _ in fake_ray.answers for item in actors.receive(patience=0)]
@@ -686,7 +694,7 @@ def fake_ray(monkeypatch):
 def test_chunks_are_asked_for_with_the_weights_published_last(fake_ray):
     """Those that follow a chunk which has arrived count, so that a chunk's weights are as new as can be."""
     fake_ray.answers = [0, 50, 100]
-    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    actors = apex_dqn_atari.Actors(make_args(), 0)
     for updates in (7, 8, 9):
         actors.publish("weights", updates)
         list(actors.receive(patience=0))
@@ -697,7 +705,7 @@ def test_actor_that_sends_nothing_is_missed(fake_ray, capsys, monkeypatch):
     """Once, after a minute; and anew when it has been heard in between."""
     now = 1000.0
     monkeypatch.setattr(apex_dqn_atari.time, "monotonic", lambda: now)
-    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    actors = apex_dqn_atari.Actors(make_args(), 0)
     actors.publish("weights", 7)
     for wait, arrive, missed in (
         (59, 0, False),
@@ -715,7 +723,7 @@ def test_actor_that_sends_nothing_is_missed(fake_ray, capsys, monkeypatch):
 
 def test_dead_ray_is_one_sentence(fake_ray):
     """Before ``ray.get`` and ``ray.put``, which would end the program without a word."""
-    actors = apex_dqn_atari.Actors(make_args(), "float32", 0)
+    actors = apex_dqn_atari.Actors(make_args(), 0)
     actors.publish("weights", 7)
     list(actors.receive(patience=0))
     fake_ray.dead = True

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused with one sentence, never half written, of one process at a time, trusted with nothing."""
+"""Checkpoints: whole or refused with one sentence, never half written, written by one process, trusted with nothing."""
 
 import importlib
 import os
@@ -311,7 +311,7 @@ def test_what_a_killed_process_has_half_written_is_removed(tmp_path):
 
 
 def test_every_failed_checkpoint_warns_with_the_reason_of_the_disk(tmp_path, monkeypatch, capsys):
-    """A full disk, a folder that is a file, and a clean-up that fails too: ``save`` raises nothing, the old file stays."""
+    """A read-only disk, also for the clean-up, and a folder that is a file: nothing is raised, the old file stays."""
     path = tmp_path / "checkpoint.pt"
     assert dqn_atari.save(path, {"a": 1})
     before = path.read_bytes()
