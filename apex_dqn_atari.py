@@ -86,7 +86,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # th
 
 ALGORITHM = "Ape-X DQN"  # written into checkpoints: those of another algorithm are refused
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
-METRICS = ("td_loss", "q_values", "priorities")  # in losses/
+METRICS = ("td_loss", "q_values", "abs_td_error")  # in losses/
 FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_actors", "envs_per_actor", "buffer_size")  # on --resume
 FIXED_FLAGS += ("gamma", "n_step", "prioritized_replay_alpha", "full_action_space")
 CHUNK = 50  # steps of each environment that an actor sends at a time, as in the paper
