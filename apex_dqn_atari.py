@@ -446,6 +446,18 @@ def game_name(env_id: str) -> str:
     return name
 
 
+def unwrap(reward: float) -> float:
+    """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
+
+    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
+    no other reason.
+    """
+    for limit in (1e5, 1e6, 1e7):
+        if -limit < reward <= -0.9 * limit:
+            return reward + limit
+    return reward
+
+
 class Atari(gym.Wrapper):
     """One Atari game as the network sees it (Mnih et al. 2015, Methods).
 
@@ -458,6 +470,9 @@ class Atari(gym.Wrapper):
     An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
     at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
     is such an action.
+
+    Another environment in its place needs the same methods, and ``game``, ``action_names``, ``stack``, ``lives``,
+    ``game_ended``, ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
     """
 
     def __init__(self, args: Args):
@@ -466,7 +481,7 @@ class Atari(gym.Wrapper):
             f"ALE/{self.game}-v5",
             obs_type="grayscale",
             frameskip=1,
-            repeat_action_probability=args.sticky_actions,
+            repeat_action_probability=0,  # actions stick here: the emulator's state does not hold the last one
             full_action_space=args.full_action_space,
             max_num_frames_per_episode=0,  # the limit is kept here, where it is told from the end of a game
             render_mode="rgb_array",
@@ -477,8 +492,12 @@ class Atari(gym.Wrapper):
         self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
         self.fire_action = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
         self.max_episode_frames, self.episodic_life = args.max_episode_frames, args.episodic_life
+        self.sticky_actions = args.sticky_actions
+        self.last_action = ale_py.Action.NOOP  # the action of the last emulator frame
         self.observation_space = gym.spaces.Box(0, 255, (STACK, SIZE, SIZE), np.uint8)
         self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
+        self.recording = False  # set it before ``reset``
+        self.colors = np.zeros((*self.screens.shape, 3), np.uint8)  # the same in RGB, while recording
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
         self.game_ended, self.lives = True, 0
         self.recording = False
@@ -496,7 +515,9 @@ class Atari(gym.Wrapper):
             self.ale.getScreenGrayscale(self.screens[0])
             self.colors[:] = self.ale.getScreenRGB()
             self.screens[1] = 0
-            self.game_ended, self.lives = False, self.ale.lives()
+            self.colors[:] = self.ale.getScreenRGB()
+            self.last_action = ale_py.Action.NOOP
+            self.game_ended = False
             self.episode_return, self.episode_length = 0.0, 0
             self.frames_seen.clear()
             self._push_frame()
@@ -506,6 +527,7 @@ class Atari(gym.Wrapper):
             self.stack[:-1] = 0
             if self.game_ended:
                 return self.reset()
+        self.lives = self.ale.lives()
         return self.stack, {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -526,18 +548,29 @@ class Atari(gym.Wrapper):
     def unique_frames(self) -> float:
         return len(self.frames_seen) / (self.episode_length + 1)
 
+    def screen(self) -> np.ndarray:
+        """The game's picture, uint8 [height, width, 3], RGB: the current emulator frame.
+
+        While ``recording``, the maximum of the last two, as the network sees it: many games draw a sprite in every
+        other frame only. Of a game that has ended, these are its very last frames, which the network does not see.
+        """
+        return np.maximum(*self.colors) if self.recording else self.ale.getScreenRGB()
+
     def _repeat_action(self, action: int) -> float:
         reward = 0.0
         for frame in range(FRAME_SKIP):
-            reward += self.ale.act(self.emulator_actions[action])
+            if not self.sticky_actions or self.np_random.random() >= self.sticky_actions:
+                self.last_action = self.emulator_actions[action]
+            reward += self.ale.act(self.last_action)
             if self.recording:
-                self.colors[0] = self.colors[1]
-                self.ale.getScreenRGB(self.colors[1])
+                self.ale.getScreenRGB(self.colors[frame % 2])
             self.game_ended = self.ale.game_over(with_truncation=False)
             if self.game_ended:
                 break
             if frame >= FRAME_SKIP - 2:
                 self.ale.getScreenGrayscale(self.screens[FRAME_SKIP - 1 - frame])
+        if reward < 0:
+            reward = unwrap(reward)
         self.episode_return += reward
         self.episode_length += 1
         self._push_frame()

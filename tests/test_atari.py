@@ -1,11 +1,43 @@
 """The Atari wrapper against gymnasium's own preprocessing, and its rules on real games."""
 
+import copy
+import multiprocessing
+import re
+import zlib
+from collections import deque
+
+import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
-from dqn_atari import Args, Atari, game_name
+from dqn_atari import Args, Atari, game_name, unwrap
+
+GAMES = sorted(spec[4:-3] for spec in gym.registry if re.fullmatch(r"ALE/\w+-v5", spec))
+
+
+def play(env, steps, seed):
+    """Random steps, and the resets among them; all that they return."""
+    seen = []
+    for action in np.random.default_rng(seed).integers(env.action_space.n, size=steps).tolist():
+        observation, reward, terminated, truncated, info = env.step(action)
+        seen.append((zlib.crc32(observation), reward, terminated, truncated, info))
+        if terminated or truncated:
+            seen.append(zlib.crc32(env.reset()[0]))
+    return seen
+
+
+def in_a_copy(function, *arguments):
+    """What the function returns in a copy of this process, which leaves all that is here as it was."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*arguments)))
+    process.start()
+    sender.close()
+    result = receiver.recv()
+    process.join()
+    return result
 
 
 @pytest.mark.parametrize("game", ["Breakout", "Pong", "SpaceInvaders", "Seaquest", "Qbert", "MontezumaRevenge"])
@@ -53,6 +85,17 @@ def test_life_loss_ends_the_episode_and_not_the_game():
     assert [bool(info) for info in infos] == [False] * 4 + [True]
     env.reset()
     assert env.lives == 5 and env.episode_length == 1
+
+
+def test_a_life_that_ends_while_a_reset_presses_fire_is_not_counted_twice():
+    env = Atari(Args(env_id="Breakout"))
+    env.reset(seed=3)
+    while not env.step(3)[2]:
+        pass
+    env.ale.setRAM(57, 3)  # the next life is lost too, as ALE sees in the next frame
+    env.reset()
+    assert env.lives == env.ale.lives() == 3
+    assert not env.step(0)[2]
 
 
 def test_without_episodic_life_only_the_game_ends():
@@ -106,6 +149,32 @@ def test_sticky_actions_repeat_the_previous_action():
     np.testing.assert_array_equal(stuck.stack, idle.stack)
 
 
+def paddle(env) -> int:
+    """Where ALE has turned the paddle to: 23,000 further in every frame of RIGHT or LEFT."""
+    return int.from_bytes(env.ale.cloneSystemState().serialize()[:4], "little") // 23_000
+
+
+@pytest.mark.parametrize("probability", [0.25, 0.5])
+def test_sticky_actions_are_those_of_ale(probability):
+    """In how many of 4 frames the paddle moves when told to, and when told to stop, as with ALE's own stickiness."""
+    env = Atari(Args(env_id="Breakout", sticky_actions=probability))
+    theirs = gym.make("ALE/Breakout-v5", frameskip=4, repeat_action_probability=probability).unwrapped
+    counts = np.zeros((2, 2, 5), int)  # whose, told to move or to stop, frames
+    for step in range(1000):
+        if step % 100 == 0:  # back to the middle
+            env.game_ended = True
+            seed = 1 if step == 0 else None
+            env.reset(seed=seed), theirs.reset(seed=seed)
+        action = [2, 0, 3, 0][step % 4]  # RIGHT, NOOP, LEFT, NOOP
+        for whose, one in enumerate((env, theirs)):
+            before = paddle(one)
+            one.step(action)
+            counts[whose, int(action == 0), abs(paddle(one) - before)] += 1
+    expected = 500 * (1 - probability) * probability ** np.arange(4)
+    assert np.all(abs(counts[:, 0, :0:-1] - expected) < 4 * expected**0.5)  # moving: 4, 3, 2, 1 frames
+    assert np.all(abs(counts[0] - counts[1]) < 4 * counts.sum(0) ** 0.5 + 1)
+
+
 def test_rewards_are_signs_and_returns_are_true():
     """Seaquest pays 20 a shark: the learner sees 1, the episode's return has the points."""
     env = Atari(Args(env_id="Seaquest", episodic_life=False))
@@ -124,6 +193,86 @@ def test_rewards_are_signs_and_returns_are_true():
     assert episode["l"] == length + 1  # and the FIRE that started it
     # the frame before that FIRE counts too: it may or may not have come up again
     assert episode["unique_frames"] * (length + 2) - len(set(frames)) in (0, 1)
+
+
+def test_points_that_run_over_the_last_digit_are_counted():
+    """Asterix shows six digits: 999,950 and 50 points are 0 there."""
+    env = Atari(Args(env_id="Asterix"))
+    env.reset(seed=1)
+    for address in (0xDE, 0xDF, 0xE0):
+        env.ale.setRAM(address - 0x80, 0x99)
+    env.step(0)
+    before, reward, rng = env.episode_return, 0.0, np.random.default_rng(0)
+    assert before > 999_000
+    while reward == 0:
+        reward = env.step(int(rng.integers(env.action_space.n)))[1]
+    assert reward == 1 and 0 < env.episode_return - before <= 500
+
+
+def test_what_a_game_takes_away_stays_taken():
+    """Skiing takes 10,000 points for 20 gates missed; a score that was set back to 0 is none that ran over."""
+    assert [unwrap(points) for points in (-1.0, -10_000.0, -50_000.0, -500_000.0)] == [-1, -10_000, -50_000, -500_000]
+    assert [unwrap(points) for points in (-99_900.0, -999_500.0, -9_999_000.0)] == [100, 500, 1000]
+
+
+class FrameByFrame:
+    """A second emulator that plays along frame by frame and keeps its pictures."""
+
+    def __init__(self, env, seed):
+        self.env = env
+        self.emulator = gym.make(f"ALE/{env.game}-v5", frameskip=1, repeat_action_probability=0.0).unwrapped
+        self.reset(game_ended=True, seed=seed)
+
+    def reset(self, game_ended, seed=None):
+        if game_ended:
+            self.emulator.reset(seed=seed)
+            for _ in range(self.emulator.np_random.integers(1, 31)):
+                self.emulator.ale.act(ale_py.Action.NOOP)
+            self.frames = deque([self.emulator.ale.getScreenRGB()], maxlen=2)
+        if self.env.fire_action is not None:
+            self.step(self.env.fire_action)
+
+    def step(self, action):
+        for _ in range(4):
+            self.emulator.ale.act(self.env.emulator_actions[action])
+            self.frames.append(self.emulator.ale.getScreenRGB())
+            if self.emulator.ale.game_over(with_truncation=False):
+                break
+
+    def screen(self):
+        return np.max(self.frames, axis=0)
+
+
+@pytest.mark.parametrize("game", ["Breakout", "UpNDown", "MsPacman"])
+def test_screen_is_the_maximum_of_the_last_two_frames_while_recording(game):
+    """... after a reset, after every step, and at the end of a game, whose very last frames it shows."""
+    env = Atari(Args(env_id=game))
+    env.recording = True
+    env.reset(seed=3)
+    twin = FrameByFrame(env, seed=3)
+    np.testing.assert_array_equal(env.screen(), twin.screen())
+    rng, flickering, after_the_end = np.random.default_rng(0), 0, 0
+    while after_the_end < 10:
+        action = int(rng.integers(env.action_space.n))
+        terminated = env.step(action)[2]
+        twin.step(action)
+        np.testing.assert_array_equal(env.screen(), twin.screen())
+        flickering += not np.array_equal(env.screen(), twin.frames[-1])
+        after_the_end += after_the_end > 0 or env.game_ended
+        if terminated:
+            twin.reset(env.game_ended)
+            env.reset()
+            np.testing.assert_array_equal(env.screen(), twin.screen())
+    assert flickering > 50
+    env.recording = False
+    np.testing.assert_array_equal(env.screen(), twin.frames[-1])
+
+
+def test_recording_changes_nothing_else():
+    plain, recorded = Atari(Args(env_id="MsPacman")), Atari(Args(env_id="MsPacman"))
+    recorded.recording = True
+    np.testing.assert_array_equal(plain.reset(seed=1)[0], recorded.reset(seed=1)[0])
+    assert play(plain, 300, seed=0) == play(recorded, 300, seed=0)
 
 
 def test_unique_frames_falls_when_nothing_happens():
@@ -153,21 +302,95 @@ def test_state_restores_exactly(sticky_actions):
     """A restored game goes on frame for frame, through lost lives, the end of the game and its no-op start."""
     args = Args(env_id="Breakout", sticky_actions=sticky_actions)
     env, other = Atari(args), Atari(args)
-    rng = np.random.default_rng(0)
     env.reset(seed=4)
-    for _ in range(100):
-        if env.step(int(rng.integers(4)))[2]:
-            env.reset()
+    play(env, 100, seed=0)
     other.load_state_dict(env.state_dict())
-    games = 0
-    for action in rng.integers(4, size=1200).tolist():
-        ours, theirs = env.step(action), other.step(action)
-        np.testing.assert_array_equal(ours[0], theirs[0])
-        assert ours[1:] == theirs[1:]
-        if ours[2]:
-            np.testing.assert_array_equal(env.reset()[0], other.reset()[0])
-        games += bool(ours[4])
-    assert games >= 2
+    seen = play(env, 1200, seed=1)
+    assert play(other, 1200, seed=1) == seen
+    assert len([step for step in seen if isinstance(step, tuple) and step[4]]) >= 2
+
+
+def moments(env):
+    """States of a game, each with all that the next 30 steps return."""
+    env.np_random = np.random.default_rng(1)
+    env.reset()
+    for seed in range(2):
+        yield env.state_dict(), play(env, 30, seed)
+
+
+def go_on(env, state, seed):
+    env.load_state_dict(state)
+    return play(env, 30, seed)
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_every_game_restores_exactly(game):
+    """... into an environment that has just been made."""
+    env = Atari(Args(env_id=game))
+    for seed, (state, expected) in enumerate(in_a_copy(list, moments(env))):
+        assert in_a_copy(go_on, env, state, seed) == expected
+
+
+@pytest.mark.parametrize("sticky_actions", [0.25, 0.5])
+@pytest.mark.parametrize("game", ["Pong", "Breakout", "SpaceInvaders", "Freeway"])
+def test_first_frame_after_a_restore_sticks_alike(game, sticky_actions):
+    args = Args(env_id=game, sticky_actions=sticky_actions)
+    env, other = Atari(args), Atari(args)
+    env.reset(seed=1)
+    for seed in range(40):
+        play(env, 3, seed)
+        other.load_state_dict(env.state_dict())
+        assert play(env, 2, seed) == play(other, 2, seed)
+
+
+DAMAGES = {
+    "no emulator": lambda state: state.pop("emulator"),
+    "no lives": lambda state: state.pop("lives"),
+    "an empty emulator": lambda state: state.update(emulator=b""),
+    "an emulator of zeros": lambda state: state.update(emulator=bytes(len(state["emulator"]))),
+    "half an emulator": lambda state: state.update(emulator=state["emulator"][:7000]),
+    "an emulator that is cut off": lambda state: state.update(emulator=state["emulator"][:-1]),
+    "a text for an emulator": lambda state: state.update(emulator="Breakout"),
+    "another generator": lambda state: state.update(random=np.random.MT19937(1).state),
+    "no generator": lambda state: state.update(random=None),
+    "a generator of text": lambda state: state["random"].update(state={"state": "1", "inc": "1"}),
+    "an action that there is not": lambda state: state.update(last_action=99),
+    "screens of another game": lambda state: state.update(screens=state["screens"] + bytes(160 * 40 * 2)),
+    "one screen": lambda state: state.update(screens=state["screens"][: len(state["screens"]) // 2]),
+    "one frame": lambda state: state.update(stack=state["stack"][: 84 * 84]),
+    "no frames": lambda state: state.update(stack=b""),
+    "broken frames seen": lambda state: state.update(frames_seen=state["frames_seen"][:-1]),
+    "a text for lives": lambda state: state.update(lives="5"),
+    "half a life": lambda state: state.update(lives=2.5),
+    "no return": lambda state: state.update(episode_return=None),
+    "a return that is no number": lambda state: state.update(episode_return=float("nan")),
+    "a list for the length": lambda state: state.update(episode_length=[3]),
+    "a text for the end": lambda state: state.update(game_ended="no"),
+}
+
+
+@pytest.fixture(scope="module")
+def game():
+    env = Atari(Args(env_id="Breakout"))
+    env.reset(seed=1)
+    return env, env.state_dict()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_nonsense_is_refused(damage, game):
+    env, state = game
+    env.load_state_dict(state)
+    state = copy.deepcopy(state)
+    DAMAGES[damage](state)
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        env.load_state_dict(state)
+
+
+def test_a_state_of_another_game_is_refused():
+    env = Atari(Args(env_id="Pong"))
+    env.reset(seed=1)
+    with pytest.raises(ValueError, match="emulator.* is damaged or of another game"):
+        Atari(Args(env_id="Breakout")).load_state_dict(env.state_dict())
 
 
 @pytest.mark.parametrize("env_id", ["Breakout", "ALE/Breakout-v5", "BreakoutNoFrameskip-v4"])

@@ -36,10 +36,12 @@ from ppo_atari import (
     CudaGraph,
     Minibatch,
     Overlay,
+    Player,
     Players,
     Rollout,
     as_blocks,
     check_args,
+    derive_seed,
     explained_variance,
     normalize,
     share_memory,
@@ -192,7 +194,7 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     assert forks or len(players[0].pipes[0].halves) == 2
     tolerance = {"rtol": 0.05, "atol": 0.05} if precision == "bfloat16" else {}
     games = [ppo_atari.Atari(args) for _ in range(num_envs)]
-    observations = np.stack([game.reset(seed=5 + i)[0] for i, game in enumerate(games)])
+    observations = np.stack([game.reset(seed=derive_seed(5, i))[0] for i, game in enumerate(games)])
     kinds, logged = np.zeros(2, int), []
     for iteration, (rollout, network, games_ended) in enumerate(zip(rollouts, networks, ended)):
         rewards, terminated, truncated, final_values = np.zeros((4, 80, num_envs))
@@ -257,6 +259,15 @@ def test_players_go_on_where_they_were(others_have, in_halves):
     finally:
         players.close()
         others.close()
+
+
+def test_players_of_neighbouring_seeds_draw_other_actions():
+    vectors, rollout, seeds = [AtariVector(Args(num_envs=1, num_workers=0))], Rollout(1, 4, 0.99, 0.95, CPU), []
+    for seed in (1, 2):
+        for first in range(4):
+            Player(make_agent(4), rollout, vectors, Args(seed=seed, num_envs=4), first, first + 1, None)
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 8
 
 
 def test_memory_is_shared_and_keeps_its_format():
@@ -754,7 +765,7 @@ def test_two_ranks_learn_as_one_process(tmp_path):
         torch.testing.assert_close(agent.metrics, first["metrics"], rtol=1e-3, atol=1e-5)
         for ours, theirs in zip(agent.network.parameters(), first["parameters"]):
             torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=2e-5)
-    games = [Atari(Args(**TWO_RANKS)).reset(seed=7 + i)[0] for i in range(4)]  # the games of one process
+    games = [Atari(Args(**TWO_RANKS)).reset(seed=derive_seed(7, i))[0] for i in range(4)]  # the games of one process
     assert torch.equal(torch.cat([rank["first"] for rank in records[0]]), as_blocks(torch.from_numpy(np.stack(games))))
     actions = [rank["batch"][1].tolist() for rank in records[0]]
     assert actions[0] != actions[1]  # each draws its own

@@ -35,7 +35,7 @@ def test_check_copies_finds_and_fixes(tmp_path, capsys, monkeypatch):
     own = own.replace('ALGORITHM = "DQN"', 'ALGORITHM = "C51"', 1)
     own = own.replace("td_target = returns", "td_target = 2 * returns", 1)
     own += "\n\ndef projection():\n    pass\n"
-    lacking = own.index("    def load_state_dict(self, state: dict) -> None:\n        self.ale.")
+    lacking = own.index('    def load_state_dict(self, state: dict) -> None:\n        """Goes on')
     own = own[:lacking].rstrip() + own[own.index("\n\n\n# ---", lacking) :]
     changed = own
     for old, drifted in (

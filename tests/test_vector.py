@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from dqn_atari import Args, Atari, AtariVector
+from dqn_atari import Args, Atari, AtariVector, derive_seed
 
 
 def alive(pid: int) -> bool:
@@ -24,7 +24,7 @@ def test_equals_environments_one_by_one(num_workers):
     vector, singles = AtariVector(args), [Atari(args) for _ in range(3)]
     observations = vector.reset(10)
     for i, env in enumerate(singles):
-        np.testing.assert_array_equal(observations[i], env.reset(seed=10 + i)[0])
+        np.testing.assert_array_equal(observations[i], env.reset(seed=derive_seed(10, i))[0])
     rng, ended, truncations = np.random.default_rng(0), 0, 0
     for _ in range(300):
         actions = rng.integers(4, size=3)
@@ -63,6 +63,46 @@ def test_state_moves_to_another_vector(num_workers):
         for a, b in zip(one.recv(), other.recv()):
             np.testing.assert_array_equal(a, b)
     other.close(), one.close()  # the workers forked last hold pipes of the first
+
+
+def test_runs_with_neighbouring_seeds_have_no_game_in_common():
+    seeds = {derive_seed(seed, env) for seed in range(20) for env in range(64)}
+    assert len(seeds) == 20 * 64
+
+
+def test_a_share_of_the_environments_plays_their_games():
+    """As the ranks and players of PPO do: environments 1 and 2 of 3, on their own."""
+    whole = AtariVector(Args(env_id="Pong", num_envs=3, num_workers=0)).reset(5)
+    share = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=0)).reset(5, first=1)
+    np.testing.assert_array_equal(whole[1:], share)
+    assert len({game.tobytes() for game in whole}) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", ["missing", "garbage", "no game"])
+def test_states_that_cannot_be_loaded_raise_an_error_here(num_workers, damage):
+    """... with its reason, whether the games are in workers or not."""
+    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=num_workers))
+    vector.reset(1)
+    states = vector.state_dict()
+    if damage == "missing":
+        del states[1]["stack"]
+    elif damage == "garbage":
+        states[1]["emulator"] = bytes(14000)
+    else:
+        states[1] = None
+    reason = {"missing": "KeyError.*stack", "garbage": "emulator's state is damaged", "no game": "TypeError"}[damage]
+    with pytest.raises(ValueError, match=reason):
+        vector.load_state_dict(states)
+    vector.close()
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_states_of_another_number_of_games_are_refused(number):
+    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=0))
+    vector.reset(1)
+    with pytest.raises(ValueError, match=f"there are {number} games, not 2"):
+        vector.load_state_dict((2 * vector.state_dict())[:number])
 
 
 def test_close_leaves_no_process():
