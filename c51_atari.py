@@ -478,8 +478,6 @@ class Atari(gym.Wrapper):
         self.colors = np.zeros((*self.screens.shape, 3), np.uint8)  # the same in RGB, while recording
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
         self.game_ended, self.lives = True, 0
-        self.recording = False
-        self.colors = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)
         self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -491,7 +489,6 @@ class Atari(gym.Wrapper):
                 if self.ale.game_over(with_truncation=False):
                     self.env.reset()
             self.ale.getScreenGrayscale(self.screens[0])
-            self.colors[:] = self.ale.getScreenRGB()
             self.screens[1] = 0
             self.colors[:] = self.ale.getScreenRGB()
             self.last_action = ale_py.Action.NOOP
@@ -553,10 +550,6 @@ class Atari(gym.Wrapper):
         self.episode_length += 1
         self._push_frame()
         return reward
-
-    def screen(self) -> np.ndarray:
-        """The last two emulator frames as one, RGB; the last alone unless ``recording``."""
-        return self.colors.max(0) if self.recording else self.ale.getScreenRGB()
 
     def _push_frame(self) -> None:
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
