@@ -1636,7 +1636,7 @@ class Tracker:
         options = dict(
             project=slug(args.wandb_project_name),
             entity=args.wandb_entity,
-            group=args.wandb_group,
+            group=args.wandb_group or f"{args.env_id}__{slug(args.exp_name)}",
             job_type=job_type,
             id=self.run_id,
             name=self.run_id,
