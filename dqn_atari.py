@@ -1649,8 +1649,10 @@ class Tracker:
 
     def background(self, function, *arguments) -> threading.Thread:
         def call():
-            with self.guard():
+            try:
                 function(*arguments)
+            except Exception as error:
+                self.warn(error)
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
@@ -1662,10 +1664,13 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            if self.working:
-                reason = textwrap.shorten(str(error) or type(error).__name__, 200)
-                say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
+            self.warn(error)
             self.working = False
+
+    def warn(self, error: Exception) -> None:
+        if self.working:
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+            say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
 
 
 def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
