@@ -61,6 +61,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else torch's idle threads spin, on cores that others need
+
 import ale_py
 import cv2
 import gymnasium as gym
@@ -975,7 +977,7 @@ class Actors:
 def start_ray(args: Args) -> None:
     """Starts Ray or joins the cluster, and settles ``num_actors``; ends the program if they do not fit."""
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    problem = f"--ray-address {args.ray_address} is no running cluster of this RAY_AUTH_TOKEN (ray start --head starts one)"
+    problem = f"--ray-address {args.ray_address} is no cluster with this RAY_AUTH_TOKEN (ray start --head starts one)"
     if args.ray_address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.num_actors = args.num_actors or max(cores - 1, 1)
