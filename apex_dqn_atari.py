@@ -977,7 +977,8 @@ class Actors:
 def start_ray(args: Args) -> None:
     """Starts Ray or joins the cluster, and settles ``num_actors``; ends the program if they do not fit."""
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    problem = f"--ray-address {args.ray_address} is no cluster with this RAY_AUTH_TOKEN (ray start --head starts one)"
+    problem = f"--ray-address {args.ray_address} is no running cluster of this RAY_AUTH_TOKEN"
+    problem += " (ray start --head starts one)"
     if args.ray_address == "local":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         args.num_actors = args.num_actors or max(cores - 1, 1)
