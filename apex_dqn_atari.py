@@ -1433,21 +1433,24 @@ def make_run_dir(args: Args) -> Path:
             sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
 
 
-def lock(run_dir: Path) -> None:
-    """Keeps a run's folder for this process until it ends; ends the program if another process has it.
+def lock(run_dir: Path) -> int:
+    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
 
-    Call it after the workers have forked: they inherit open files, and would keep the lock of a main process that died.
+    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
+    and would keep the lock of a main process that died.
     """
-    if fcntl is not None:
-        folder = os.open(run_dir, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
-        except OSError:  # a file system without locks
-            pass
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
     for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
         half_written.unlink()
+    return folder
 
 
 def save(path: Path, contents: dict) -> bool:
@@ -1786,7 +1789,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
     keep_freed_memory()
     start_ray(args)
-    lock(run_dir)
+    folder = lock(run_dir)
     set_up_torch(args, device)
     if device.type != "cuda" and args.ray_address == "local":  # leave their cores to the actors
         torch.set_num_threads(max(torch.get_num_threads() - args.num_actors, 1))
@@ -1919,6 +1922,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         bar.close()
         actors.close()
         ray.shutdown()
+        os.close(folder)
         tracker.finish(exit_code, stopped=lambda: stop_signals)
     return exit_code
 

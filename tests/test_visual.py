@@ -783,8 +783,8 @@ def test_models_and_checkpoints_of_dqn_play_here(dqn_run, tmp_path):
     flags = " --eval-episodes 3 --eval-epsilon 0.5"
     special = " --capture-video --video-length 40 --panels game history --saliency gradient --wandb-mode offline"
     results = [
-        play(tmp_path, "dqn_atari.py", f"--evaluate {dqn_run}/model.pt" + flags),
-        play(tmp_path, "dqn_atari_visual.py", f"--evaluate {dqn_run}/model.pt" + flags),
+        play(tmp_path, "dqn_atari.py", f"--evaluate {dqn_run}/model.pt --wandb-mode disabled" + flags),
+        play(tmp_path, "dqn_atari_visual.py", f"--evaluate {dqn_run}/model.pt --wandb-mode disabled" + flags),
         play(tmp_path, "dqn_atari_visual.py", f"--evaluate {dqn_run}/checkpoint.pt" + flags + special),
     ]
     returns = [re.findall("step 600: return .*", result) for result in results]
