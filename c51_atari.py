@@ -1601,7 +1601,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
     for name in FIXED_FLAGS:
         if getattr(args, name) != getattr(saved, name):
             sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
-    if args.run_dir != Args.run_dir:
+    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != path.resolve().parent.parent:
         sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
     contents = load(path, "agent")
     step, model_path = contents["global_step"], path.parent / "model.pt"

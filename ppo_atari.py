@@ -857,9 +857,9 @@ def resume_after_restart() -> None:
     """If torchrun has started the ranks anew, adds --resume with the last checkpoint of this launch to the flags."""
     if RESTARTS == 0 or (args := parse_args()).resume:
         return
-    runs = Path(args.run_dir).glob(f"{game_name(args.env_id)}__{args.exp_name}__{args.seed}__*/checkpoint.pt")
+    runs = Path(args.run_dir).glob(f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
-        if LAUNCH in [rank["launch"] for rank in load(path, needs="ranks")["ranks"]]:
+        if LAUNCH in [rank["launch"] for rank in load(path, part="ranks")["ranks"]]:
             sys.argv += ["--resume", str(path)]
             return
 
@@ -1691,7 +1691,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
     for name in FIXED_FLAGS:
         if getattr(args, name) != getattr(saved, name):
             sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
-    if args.run_dir != Args.run_dir:
+    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != path.resolve().parent.parent:
         sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
     contents = load(path, "agent")
     step, model_path = contents["global_step"], path.parent / "model.pt"
