@@ -20,7 +20,8 @@ from dqn_atari import slug
 
 # the tracker alone, without the rest of the script, so that a process of a test starts at once
 HEADER = """
-import contextlib, os, re, signal, sys, textwrap, threading, time, unicodedata
+import os, re, signal, sys, textwrap, threading, time, unicodedata
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -28,6 +29,8 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    env_id: str = "Game"
+    exp_name: str = "x"
     wandb_mode: str = "auto"
     wandb_project_name: str = "watchrl"
     wandb_entity: str | None = None
