@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from check_copies import definitions
 from conftest import ROOT
 from helpers import SHORT, children, run_folder, start, wait_for
@@ -352,7 +353,7 @@ def test_script_with_an_odd_name_is_killed_moved_and_resumed_from_inside(server,
     script = tmp_path / "my dqn (1).py"
     shutil.copy(ROOT / "dqn_atari.py", script)
     environment = server.environment(tmp_path / "home") | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
-    flags = SHORT + " --total-timesteps 1200 --batch-size 4 --train-frequency 40 --checkpoint-frequency 400"
+    flags = SHORT + " --total-timesteps 1000000 --batch-size 4 --train-frequency 40 --checkpoint-frequency 400"
     flags += " --eval-frequency 600 --video-length 5 --wandb-project-name a/b"
     process = start(tmp_path, flags, script, env=environment)
     wait_for(lambda: any(run.history for run in server.runs.values()), process)
@@ -363,9 +364,11 @@ def test_script_with_an_odd_name_is_killed_moved_and_resumed_from_inside(server,
     (name,) = server.runs
     assert name == slug(folder.name)
     folder = folder.rename(tmp_path / "my moved run")
-    stdout, stderr = end(start(folder, "--resume .", script, env=environment))
+    last = torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] + 800
+    flags = f"--resume . --total-timesteps {last} --wandb-project-name a/b"
+    stdout, stderr = end(start(folder, flags, script, env=environment))
     steps = [row["global_step"] for row in server.runs[name].history]
-    assert list(server.runs) == [name] and steps == sorted(set(steps)) and steps[-1] == 1200
+    assert list(server.runs) == [name] and steps == sorted(set(steps)) and steps[-1] == last
     assert "eval/episodic_return" in server.runs[name].history[-1]
     assert "code/my dqn (1).py" in server.runs[name].files
     assert [artifact["collection"] for artifact in server.artifacts] == [f"{name}-model"]
