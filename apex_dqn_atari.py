@@ -1476,7 +1476,8 @@ def save(path: Path, contents: dict) -> bool:
 def header(args: Args, global_step: int) -> dict:
     """What every checkpoint and every model begins with."""
     script = Path(__file__).name
-    return {"algorithm": ALGORITHM, "script": script, "args": asdict(args), "global_step": global_step}
+    flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
+    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
 
 
 def model(args: Args, agent: Agent, global_step: int) -> dict:

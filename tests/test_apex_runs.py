@@ -151,7 +151,8 @@ def test_stopped_learner_resumes(tmp_path, number, exit_code):
     assert updates > 0 and (checkpoint["replay"]["priorities"] > 0).sum() > 500
     if number != signal.SIGKILL:
         assert "--resume" in stdout and "Traceback" not in stderr
-    result = run(tmp_path, f"--resume {run_folder(tmp_path)} --total-timesteps {stopped + 1000}", "apex_dqn_atari.py")
+    flags = f"--resume {run_folder(tmp_path)} --total-timesteps {stopped + 1000} --wandb-mode disabled"
+    result = run(tmp_path, flags, "apex_dqn_atari.py")
     assert result.returncode == 0, result.stderr
     checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
     assert stopped + 1000 <= checkpoint["global_step"] <= stopped + 2000 and checkpoint["updates"] > updates
@@ -233,5 +234,6 @@ def test_small_buffer_is_one_sentence(tmp_path):
 def test_training_runs_and_resumes_on_cuda(tmp_path, replay_device):
     flags = NO_EXTRAS + f" --device cuda --replay-device {replay_device} --total-timesteps 3000"
     assert run(tmp_path, flags, "apex_dqn_atari.py").returncode == 0
-    resumed = run(tmp_path, f"--resume {run_folder(tmp_path)} --total-timesteps 4000", "apex_dqn_atari.py")
+    flags = f"--resume {run_folder(tmp_path)} --total-timesteps 4000 --wandb-mode disabled"
+    resumed = run(tmp_path, flags, "apex_dqn_atari.py")
     assert resumed.returncode == 0, resumed.stderr

@@ -134,7 +134,7 @@ def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, e
     if number != signal.SIGKILL:
         assert "--resume" in stdout
         assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] % 800 != 0
-    result = run(tmp_path, f"--resume {folder}")
+    result = run(tmp_path, f"--resume {folder} --wandb-mode disabled")
     assert result.returncode == 0, result.stderr
     assert (folder / "model.pt").read_bytes() == uninterrupted_model
 
@@ -170,7 +170,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
 
-    result = run(folder, f"--resume {run_folder(folder)} --total-timesteps 1600", preexec_fn=limit)
+    result = run(folder, f"--resume {run_folder(folder)} --total-timesteps 1600 --wandb-mode disabled", preexec_fn=limit)
     assert "was not written" in result.stderr
     assert "step 1,600: return" in result.stdout and result.returncode == 0  # the model is small enough
     assert checkpoint.read_bytes() == before

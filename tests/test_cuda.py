@@ -83,5 +83,5 @@ def test_training_runs_and_resumes(tmp_path, replay_device):
     flags += " --wandb-mode disabled"
     assert run(tmp_path, flags).returncode == 0
     folder = next((tmp_path / "runs").iterdir())
-    resumed = run(tmp_path, f"--resume {folder} --total-timesteps 3000")
+    resumed = run(tmp_path, f"--resume {folder} --total-timesteps 3000 --wandb-mode disabled")
     assert resumed.returncode == 0, resumed.stderr

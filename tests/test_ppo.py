@@ -817,7 +817,7 @@ def test_signal_to_one_rank_stops_all(tmp_path):
     assert (
         f"stopped at step {torch.load(folder / 'checkpoint.pt', weights_only=True)['global_step']:,}" in outputs[0][0]
     )
-    alone = run(tmp_path, f"--resume {folder}", script="ppo_atari.py")
+    alone = run(tmp_path, f"--resume {folder} --wandb-mode disabled", script="ppo_atari.py")
     assert alone.returncode == 1 and "is of 2 ranks, here are 1: start as many" in alone.stderr
     assert len(alone.stderr.strip().splitlines()) == 1
 

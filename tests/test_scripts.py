@@ -131,7 +131,7 @@ def test_resumed_run_ends_bit_identical(script, tmp_path):
     process.kill()
     process.communicate()
     assert_group_is_gone(process.pid)
-    result = run(tmp_path / "killed", f"--resume {run_folder(tmp_path / 'killed')}", script)
+    result = run(tmp_path / "killed", f"--resume {run_folder(tmp_path / 'killed')} --wandb-mode disabled", script)
     assert result.returncode == 0, result.stderr
     whole, killed = ((run_folder(tmp_path / name) / "model.pt").read_bytes() for name in ("whole", "killed"))
     assert whole == killed
