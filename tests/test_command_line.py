@@ -170,7 +170,9 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
 
-    result = run(folder, f"--resume {run_folder(folder)} --total-timesteps 1600 --wandb-mode disabled", preexec_fn=limit)
+    result = run(
+        folder, f"--resume {run_folder(folder)} --total-timesteps 1600 --wandb-mode disabled", preexec_fn=limit
+    )
     assert "was not written" in result.stderr
     assert "step 1,600: return" in result.stdout and result.returncode == 0  # the model is small enough
     assert checkpoint.read_bytes() == before
