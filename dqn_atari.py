@@ -1466,9 +1466,12 @@ def is_intact(path: Path) -> bool:
 
 
 def is_a(value, hint) -> bool:
-    """``isinstance`` for the type of a flag, which may be a ``Literal``."""
-    if get_origin(hint) is Literal:
+    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
+    kind = get_origin(hint)
+    if kind is Literal:
         return value in get_args(hint)
+    if kind in (list, tuple):
+        return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
     return isinstance(value, hint)
 
 
