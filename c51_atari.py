@@ -52,6 +52,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else torch's idle threads spin, on cores that others need
+
 import ale_py
 import cv2
 import gymnasium as gym
@@ -1460,21 +1462,24 @@ def make_run_dir(args: Args) -> Path:
             sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
 
 
-def lock(run_dir: Path) -> None:
-    """Keeps a run's folder for this process until it ends; ends the program if another process has it.
+def lock(run_dir: Path) -> int:
+    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
 
-    Call it after the workers have forked: they inherit open files, and would keep the lock of a main process that died.
+    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
+    and would keep the lock of a main process that died.
     """
-    if fcntl is not None:
-        folder = os.open(run_dir, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
-        except OSError:  # a file system without locks
-            pass
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
     for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
         half_written.unlink()
+    return folder
 
 
 def save(path: Path, contents: dict) -> bool:
@@ -1737,8 +1742,10 @@ class Tracker:
 
     def background(self, function, *arguments) -> threading.Thread:
         def call():
-            with self.guard():
+            try:
                 function(*arguments)
+            except Exception as error:
+                self.warn(error)
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
@@ -1750,10 +1757,13 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            if self.working:
-                reason = textwrap.shorten(str(error) or type(error).__name__, 200)
-                say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
+            self.warn(error)
             self.working = False
+
+    def warn(self, error: Exception) -> None:
+        if self.working:
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+            say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
 
 
 def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
@@ -1812,7 +1822,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
     keep_freed_memory()
     envs = AtariVector(args)  # forks, so before the lock, threads and CUDA
-    lock(run_dir)
+    folder = lock(run_dir)
     set_up_torch(args, device)
     replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, find_replay_device(args, device))
     agent = Agent(args, envs.num_actions, device)
@@ -1922,6 +1932,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     finally:
         bar.close()
         envs.close()
+        os.close(folder)
         tracker.finish(exit_code, stopped=lambda: stop_signals)
     return exit_code
 

@@ -150,6 +150,7 @@ def test_offline_record_is_whole_and_syncs(server, tmp_path):
 
 def test_killed_and_resumed_is_one_run_with_one_row_a_step(server, tmp_path):
     environment = server.environment(tmp_path) | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+    environment["WANDB_SILENT"] = "false"  # W&B says it when it drops a row
     code = "tracker = Tracker(Args(), run_dir, run_id={})\nsteps({})\npause('logged')\ntracker.finish()"
     killed = launch(tmp_path, code.format(None, "0, 160"), environment)
     wait_for_line(killed, "logged")
