@@ -238,7 +238,7 @@ def test_bad_checkpoints_end_with_one_sentence(recorded, tmp_path):
         (f"--resume {foreign}", "was written by C51, not by DQN"),
         (f"--resume {files / 'model.pt'}", "has no replay: --resume needs a checkpoint.pt"),
         (f"--resume {files} --num-envs 8", "error: --num-envs cannot change on --resume: it was 4"),
-        (f"--evaluate {files / 'model.pt'} --env-id Pong", "does not fit the network of this script or the actions"),
+        (f"--evaluate {files / 'model.pt'} --env-id Pong", "does not fit this script, or is damaged: size mismatch"),
     ):
         result = run(tmp_path, flags + " --wandb-mode disabled")
         assert result.returncode == 1 and message in result.stderr, result.stderr

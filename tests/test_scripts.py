@@ -100,7 +100,7 @@ def test_checkpoint_of_another_network_is_refused(recorded, tmp_path, monkeypatc
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     args = module.Args(**checkpoint["args"])
     args.num_workers = 0
-    with pytest.raises(SystemExit, match="error: .*checkpoint.pt does not fit the network of this script: Missing key"):
+    with pytest.raises(SystemExit, match="error: .*checkpoint.pt does not fit this script, or is damaged: Missing key"):
         module.train(args, torch.device("cpu"), tmp_path, tmp_path / "checkpoint.pt")
 
 
