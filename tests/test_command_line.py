@@ -213,7 +213,7 @@ def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypa
         ("--buffer-size 1e9", "error: --buffer-size 1000000000 needs 7062.0 GB and cpu has"),
         ("--resume no/such/run", "error: there is no file no/such/run"),
         ("--evaluate no/such/model.pt", "error: there is no file no/such/model.pt"),
-        ("--run-dir /dev/null/runs", "error: the run folder cannot be made"),
+        ("--run-dir /dev/null/runs", "cannot be made: Not a directory"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(tmp_path, flags, message):
