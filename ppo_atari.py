@@ -1710,9 +1710,9 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
             say(f"note: --{name.replace('_', '-')} is {now}, it was {before}: no file decides where a run is logged")
 
 
-def how_to_go_on(run_dir: Path, global_step: int, saved_step: int | None) -> str:
+def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
     """What is left of a run that was stopped."""
-    if (run_dir / "model.pt").is_file():
+    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
         return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
     if not (run_dir / "checkpoint.pt").is_file():
         return f"stopped at step {global_step:,}; nothing could be saved"
@@ -2042,7 +2042,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         if signals:
             exit_code = 128 + signals[0]
             if RANK == 0:
-                say(how_to_go_on(run_dir, global_step, saved_step))
+                say(how_to_go_on(args, run_dir, global_step, saved_step))
     finally:
         bar.close()
         players.close()

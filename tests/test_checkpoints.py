@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -352,7 +353,7 @@ def test_removed_run_folder_is_made_again(tmp_path):
 
 
 def test_stop_says_what_there_is_to_go_on_with(tmp_path):
-    say = dqn_atari.how_to_go_on
+    say = partial(dqn_atari.how_to_go_on, dqn_atari.Args(total_timesteps=100))
     assert say(tmp_path, 80, None) == "stopped at step 80; nothing could be saved"
     (tmp_path / "checkpoint.pt").touch()
     assert say(tmp_path, 80, 80) == f"stopped at step 80; go on with: --resume {tmp_path}"
@@ -360,7 +361,8 @@ def test_stop_says_what_there_is_to_go_on_with(tmp_path):
         f"stopped at step 80, which could not be saved; go on from an earlier one: --resume {tmp_path}"
     )
     (tmp_path / "model.pt").touch()
-    assert say(tmp_path, 80, 80).endswith(f"--evaluate {tmp_path / 'model.pt'}")
+    assert say(tmp_path, 80, 80) == f"stopped at step 80; go on with: --resume {tmp_path}"  # the model is an older one
+    assert say(tmp_path, 100, 100).endswith(f"--evaluate {tmp_path / 'model.pt'}")
 
 
 # ------------------------------------------------------------------------------- evaluations cost nothing
