@@ -220,7 +220,8 @@ def test_evaluating_sets_up_the_device(monkeypatch, tmp_path, script):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "set_up_torch", lambda args, device: made.append(device))
     monkeypatch.setattr(script, "Agent", lambda *arguments: made.append("agent") or agent)
-    monkeypatch.setattr(script, "evaluate", lambda *arguments: made.append("evaluation"))
+    monkeypatch.setattr(script, "evaluate", lambda *arguments, **flags: made.append("evaluation"))
+    monkeypatch.setattr(script, "catch_signals", list)
     monkeypatch.setattr(sys, "argv", ["", "--evaluate", "model.pt", "--wandb-mode", "disabled", "--device", "cpu"])
     assert script.main() == 0
     assert made == [CPU, "agent", "evaluation"]
