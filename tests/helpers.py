@@ -35,7 +35,7 @@ def run_folder(folder: Path) -> Path:
     return found
 
 
-def wait_for(condition, process: subprocess.Popen, seconds=120):
+def wait_for(condition, process: subprocess.Popen, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
