@@ -42,6 +42,7 @@ from dqn_atari_visual import (
     Overlay,
     QNetwork,
     Recorder,
+    Tracker,
     check_args,
     evaluate,
     gradient_saliency,
@@ -50,6 +51,7 @@ from dqn_atari_visual import (
 )
 
 CPU = torch.device("cpu")
+UNRECORDED = Tracker(Args(wandb_mode="disabled"), Path("run"))
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
 
@@ -269,7 +271,7 @@ def test_evaluation_leaves_no_trace(tmp_path, device):
         args.saliency = method
         tensors, others = state()
         tensors = [x.clone() for x in tensors]
-        evaluate(args, agent, device, 100, tmp_path, None)
+        evaluate(args, agent, device, 100, tmp_path, UNRECORDED)
         assert all(map(torch.equal, tensors, state()[0])) and others == state()[1]
     meta, frames = read_video(tmp_path / "videos" / "0000000100.mp4")
     assert (meta["size"], len(frames)) == ((1280, 720), 20) and meta["pix_fmt"].startswith("yuv420p")
@@ -282,13 +284,13 @@ def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
     args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=160, video_length=15, saliency="gradient")
     args.precision, args.eval_epsilon = "float32", 0.5  # the map is that of the greedy action, not of the one taken
     agent = Agent(args, 6, CPU)
-    evaluate(args, agent, CPU, 0, tmp_path, None)
+    evaluate(args, agent, CPU, 0, tmp_path, UNRECORDED)
     assert len(calls) == 15
     for network, observation, action in calls:
         assert network is agent.q_network and action == agent.think(observation)[1]
     for flags in ({"capture_video": False}, {"saliency": "none"}):
         calls.clear()
-        evaluate(Args(**(vars(args) | flags)), agent, CPU, 1, tmp_path, None)
+        evaluate(Args(**(vars(args) | flags)), agent, CPU, 1, tmp_path, UNRECORDED)
         assert not calls
 
 
@@ -309,7 +311,7 @@ def film(monkeypatch, tmp_path):
     def evaluate_with(**flags):
         args = Args(**({"saliency": "none", "precision": "float32", "eval_epsilon": 0.5, "panels": ("game",)} | flags))
         agent = Agent(args, int(Atari(args).action_space.n), CPU)
-        evaluate(args, agent, CPU, 0, tmp_path, None)
+        evaluate(args, agent, CPU, 0, tmp_path, UNRECORDED)
         return pictures, agent
 
     monkeypatch.setattr(Overlay, "render", note_and_render)

@@ -31,7 +31,7 @@ from common import play_rounds, print_machine, print_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import dqn_atari_visual  # noqa: E402
-from dqn_atari_visual import SALIENCY, TRACE_STEPS, Agent, Args, Atari, Overlay, Recorder  # noqa: E402
+from dqn_atari_visual import SALIENCY, TRACE_STEPS, Agent, Args, Atari, Overlay, Recorder, Tracker  # noqa: E402
 
 CPU = torch.device("cpu")
 rng = np.random.default_rng(1)
@@ -114,7 +114,8 @@ def record(steps: int, saliency: str) -> None:
     args.max_episode_frames, args.video_length = 4 * steps + 40, steps  # 40: the idle frames at the start
     agent = Agent(args, int(Atari(args).action_space.n), CPU)
     with tempfile.TemporaryDirectory() as folder:
-        dqn_atari_visual.evaluate(args, agent, CPU, 0, Path(folder), None)
+        tracker = Tracker(Args(wandb_mode="disabled"), Path(folder))
+        dqn_atari_visual.evaluate(args, agent, CPU, 0, Path(folder), tracker)
         (video,) = Path(folder).glob("videos/*.mp4")
         pictures, _ = imageio_ffmpeg.count_frames_and_secs(str(video))
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss
