@@ -58,6 +58,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else torch's idle threads spin, on cores that others need
+
 import ale_py
 import cv2
 import gymnasium as gym
@@ -1678,36 +1680,34 @@ class Tracker:
     """
 
     def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
-        name = slug(run_dir.resolve().name)
         self.run = None
-        self.run_id = run_id or name
-        mode = args.wandb_mode
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or "auto"
+        self.run_id = run_id or slug(run_dir.resolve().name)
+        mode = os.environ.get("WANDB_MODE", "auto") if args.wandb_mode == "auto" else args.wandb_mode
         self.working = mode != "disabled"
         if self.working:
             with self.guard():
-                self.start(args, mode, name, job_type)
+                self.start(args, mode, job_type)
 
-    def start(self, args: Args, mode: str, name: str, job_type: str) -> None:
+    def start(self, args: Args, mode: str, job_type: str) -> None:
         """Begins or resumes the run, offline where online fails. Never asks for a login."""
         if mode != "auto":
             os.environ["WANDB_MODE"] = mode  # a flag wins over it
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself can hold up the exit
         import wandb
 
-        paths = dict(program_abspath=os.path.abspath(__file__), program_relpath=Path(__file__).name)
+        self.wandb = wandb
+        script = os.path.abspath(__file__)
         options = dict(
             project=slug(args.wandb_project_name),
             entity=args.wandb_entity,
-            group=args.wandb_group,
+            group=args.wandb_group or f"{args.env_id}__{slug(args.exp_name)}",
             job_type=job_type,
             id=self.run_id,
-            name=name,
+            name=self.run_id,
             resume="allow",
             config=asdict(args),
             save_code=True,
-            settings=wandb.Settings(init_timeout=30, **paths),
+            settings=dict(init_timeout=30, program_abspath=script, program_relpath=os.path.basename(script)),
         )
         reason = ""
         if mode in ("auto", "online"):
@@ -1720,67 +1720,61 @@ class Tracker:
                 reason = "no login: "
             except wandb.Error as error:
                 reason = f"{textwrap.shorten(str(error), 200)}: "
-                self.background(wandb.teardown).join(1)  # its half-started run has the name that is needed now
+                self.background(wandb.teardown).join(1)  # the failed start holds the run's name
             mode = "offline"
         if self.run is None:
             self.run = wandb.init(mode=mode, **options)
         if self.run.offline:
             say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
-        os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # files on their way: not in the home
+        os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # copies of the model: beside the record
         self.run_id = self.run.id
         self.run.define_metric("global_step")
         self.run.define_metric("*", step_metric="global_step")
 
     def log(self, metrics: dict, global_step: int) -> None:
-        """One row a step: what has the same ``global_step`` is joined, and steps must not fall.
+        """Joins what has the same ``global_step`` into one row; steps must not fall.
 
-        A run that was killed and resumed repeats steps; those that W&B has are left out.
+        A run that was killed and resumed repeats steps: those that have arrived already are left out.
         """
         if self.working and global_step >= self.run.starting_step:
             with self.guard():
                 self.run.log(metrics | {"global_step": global_step}, step=global_step)
 
-    def log_video(self, path: Path, still: np.ndarray | None, global_step: int) -> None:
+    def log_video(self, path: Path, still: np.ndarray, global_step: int) -> None:
         if self.working:
             with self.guard():
-                import wandb
-
-                media = {"videos/eval": wandb.Video(str(path), format="mp4")}
-                if still is not None:
-                    media["images/eval"] = wandb.Image(still)
-                self.log(media, global_step)
+                video = self.wandb.Video(str(path), format="mp4")
+                self.log({"videos/eval": video, "images/eval": self.wandb.Image(still)}, global_step)
 
     def log_model(self, path: Path) -> None:
         if self.working:
             with self.guard():
-                import wandb
-
-                artifact = wandb.Artifact(f"{self.run_id}-model", type="model")
+                artifact = self.wandb.Artifact(f"{self.run_id}-model", type="model")
                 artifact.add_file(str(path), skip_cache=True)
-                self.background(self.run.log_artifact, artifact).join(10)  # it asks the server something
+                self.background(self.run.log_artifact, artifact).join(10)  # asks the server first
 
     def finish(self, exit_code: int = 0, stopped=lambda: False) -> None:
-        """Waits for the upload of what is left; after a signal (a true ``stopped()``) for a few seconds at most."""
+        """Waits until all is uploaded, or until a signal (``stopped()``), and after that for 5 seconds at most."""
         if self.run is None:
             return
-        import wandb
-
-        command = f"wandb sync --include-online {self.run.settings.sync_dir}"
+        command = f"wandb sync --include-online {self.run.sync_dir}"
         upload = self.background(self.run.finish, exit_code)
         upload.join(5)
         if upload.is_alive() and not stopped():
-            say(f"W&B: waiting for the upload; Ctrl-C ends it, the record is on disk: {command}")
+            say(f"W&B: waiting for the upload; Ctrl-C ends that: the record is on disk, later: {command}")
         while upload.is_alive() and not stopped():
             upload.join(0.2)
         if upload.is_alive():
-            say(f"W&B: not all was uploaded, but the record is on disk: {command}")
+            say(f"W&B: not all was uploaded; the record is on disk, later: {command}")
         self.working = False
-        self.background(wandb.teardown).join(5)  # W&B's own, at exit, would go on waiting
+        self.background(self.wandb.teardown).join(5)  # at exit W&B would begin to wait again
 
     def background(self, function, *arguments) -> threading.Thread:
         def call():
-            with self.guard():
+            try:
                 function(*arguments)
+            except Exception as error:
+                self.warn(error)
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()
@@ -1792,10 +1786,13 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            if self.working:
-                reason = textwrap.shorten(str(error) or type(error).__name__, 200)
-                say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
+            self.warn(error)
             self.working = False
+
+    def warn(self, error: Exception) -> None:
+        if self.working:
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200)
+            say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
 
 
 def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Shared by all tests: the repository root on the path, no W&B account, no GPU needed, one thread a process."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,3 +11,6 @@ for variable in ("WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(variable, None)
 os.environ["WANDB_SILENT"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"  # processes that share cores and have several threads each wait for each other
+# a suite that nohup or a script has put into the background ignores these, and so would the runs that it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, lambda *_: None)  # in a run that is started: what the system does by default

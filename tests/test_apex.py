@@ -738,7 +738,7 @@ def test_dead_ray_is_one_sentence(fake_ray):
     "address, message",
     [
         ("local", "Ray cannot start"),
-        ("auto", "--ray-address auto is no running cluster .start one with ray start --head."),
+        ("auto", "--ray-address auto is no running cluster of this RAY_AUTH_TOKEN .ray start --head starts one."),
     ],
 )
 def test_ray_that_does_not_start_is_one_sentence(monkeypatch, address, message):

@@ -300,6 +300,7 @@ def test_second_process_is_refused_and_the_lock_dies_with_the_first(tmp_path):
         f"another process is training the run in {folder}: wait for its end, or stop it"
     )
     process.kill()
+    process.wait()
     dqn_atari.lock(folder)  # its workers may live on for a moment
     process.communicate()
 

@@ -2,6 +2,7 @@
 
 import runpy
 import signal
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -264,8 +265,10 @@ def test_evaluation_records_the_first_game_to_its_end(tmp_path, monkeypatch, cap
     monkeypatch.setattr(dqn_atari, "Atari", Watched)
     args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=200, capture_video=capture, video_length=length)
     args.precision = "float32"
-    evaluate(args, Agent(args, 6, torch.device("cpu")), torch.device("cpu"), 7, tmp_path, None)
+    cpu, tracker = torch.device("cpu"), Mock()
+    evaluate(args, Agent(args, 6, cpu), cpu, 7, tmp_path, tracker)
     video = tmp_path / "videos" / "0000000007.mp4"
+    assert [call.args[0] for call in tracker.log_video.call_args_list] == [video] * capture
     assert video.exists() == capture and ("is cut" in capsys.readouterr().out) == (length == 20)
     if not capture:
         assert not any(steps) and not pictures

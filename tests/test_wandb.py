@@ -150,6 +150,7 @@ def test_offline_record_is_whole_and_syncs(server, tmp_path):
 
 def test_killed_and_resumed_is_one_run_with_one_row_a_step(server, tmp_path):
     environment = server.environment(tmp_path) | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+    environment["WANDB_SILENT"] = "false"  # W&B says it when it drops a row
     code = "tracker = Tracker(Args(), run_dir, run_id={})\nsteps({})\npause('logged')\ntracker.finish()"
     killed = launch(tmp_path, code.format(None, "0, 160"), environment)
     wait_for_line(killed, "logged")
@@ -163,7 +164,6 @@ def test_killed_and_resumed_is_one_run_with_one_row_a_step(server, tmp_path):
     _, stderr = end(resumed)
     assert "less than the current step" not in stderr
     assert list(server.runs) == ["Game__x__1"] and steps_of(server) == list(range(0, 240, 8))
-    assert server.runs["Game__x__1"].fields["displayName"] == "moved-to-e"
 
 
 def test_server_goes_away_and_comes_back(server, tmp_path):
@@ -201,7 +201,7 @@ def test_one_signal_ends_the_waiting_for_a_server(answer, number, server, tmp_pa
     line = wait_for_line(process, "W&B: waiting")
     process.send_signal(number)
     stdout, stderr = end(process)
-    assert "on disk" in stdout and not warnings(stderr)
+    assert "on disk" in stdout and not stderr
     (command,) = re.findall("wandb sync (.*)", line)
     if answer == "gone":
         server.start()
@@ -217,8 +217,8 @@ def test_a_stop_by_signal_does_not_wait_for_a_dead_network(server, tmp_path):
     server.answer = "500"
     process.send_signal(signal.SIGTERM)
     go_on(process)
-    stdout, _ = end(process)
-    assert "W&B: not all was uploaded" in stdout and "waiting" not in stdout
+    stdout, stderr = end(process)
+    assert "W&B: not all was uploaded" in stdout and "waiting" not in stdout and not stderr
 
 
 def test_server_refuses_the_key_in_the_middle(server, tmp_path):
@@ -276,11 +276,19 @@ def test_what_it_raises_is_one_warning(changes, reason, server, tmp_path):
     assert reason in warning and "offline" not in stdout
 
 
-def test_malformed_key_is_named_and_the_run_recorded_offline(server, tmp_path):
-    environment = server.environment(tmp_path) | {"WANDB_API_KEY": "short"}
-    stdout, found = goes_on(tmp_path, environment)
-    assert "40+ characters" in stdout and "offline" in stdout and not found
+@pytest.mark.parametrize("key, answer, reason", [("short", "ok", "40+ characters"), ("k" * 40, "401", "401")])
+def test_recorded_offline_where_online_fails(key, answer, reason, server, tmp_path):
+    server.answer = answer
+    stdout, found = goes_on(tmp_path, server.environment(tmp_path) | {"WANDB_API_KEY": key})
+    assert reason in stdout and "recorded offline" in stdout and not found
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_online_needs_a_login(server, tmp_path):
+    environment = server.environment(tmp_path) | {"WANDB_API_KEY": ""}
+    process = launch(tmp_path, "Tracker(Args(wandb_mode='online'), run_dir)", environment)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 1 and re.fullmatch("error: .*needs a login.*\n", stderr)
 
 
 def test_no_home(server, tmp_path):
