@@ -215,6 +215,14 @@ def test_flipped_bit_ends_resume_and_evaluate_with_one_sentence(dqn_run, tmp_pat
         assert "is damaged: use another one" in sentence(error)
 
 
+@pytest.mark.parametrize("script", [*SERIAL, "dqn_atari_visual", "apex_dqn_atari"])
+def test_flags_are_read_back(script, tmp_path):
+    module = importlib.import_module(script)
+    args = module.Args(seed=7, **({"panels": ("game", "history")} if script == "dqn_atari_visual" else {}))
+    torch.save(module.header(args, 0) | {"agent": {}}, tmp_path / "model.pt")
+    assert module.read_flags(tmp_path / "model.pt", "agent") == args
+
+
 # -------------------------------------------------------------------------------- what a file may not decide
 
 
