@@ -91,7 +91,7 @@ def test_run_without_standard_streams(tmp_path):
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, ROOT / "dqn_atari.py", *SHORT.split()]
     command += "--total-timesteps 1000000 --eval-frequency 800 --video-length 5 --checkpoint-frequency 800".split()
     process = subprocess.Popen(command, cwd=tmp_path)
-    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
+    wait_for(lambda: list(tmp_path.glob("runs/*/videos/*.mp4")), process)  # a checkpoint stands before it
     assert [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
     process.terminate()
     assert process.wait(timeout=300) == -signal.SIGTERM
