@@ -8,6 +8,7 @@
 Compared are all top-level definitions (functions, classes, assignments) that occur in two scripts or more under the
 same name, with their comments, except those that ``OWN`` allows a script to have of its own. A class of which ``OWN``
 names members ("Agent.update") is compared member by member; a flag, with its docstring, is a member of its class.
+Other files are left alone: a copy under another name is an experiment.
 """
 
 import argparse
@@ -17,31 +18,42 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = "dqn_atari.py"
+SCRIPTS = (
+    "dqn_atari.py",
+    "dqn_atari_visual.py",
+    "c51_atari.py",
+    "ppo_atari.py",
+    "apex_dqn_atari.py",
+    "bootstrapped_dqn_atari.py",
+)
 # What each script has of its own, or lacks: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
     "dqn_atari_visual.py": "EvaluationFlags.panels EvaluationFlags.saliency check_args Overlay evaluate",
-    "c51_atari.py": "ALGORITHM METRICS check_args QNetwork AlgorithmFlags.learning_rate"
+    "c51_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork AlgorithmFlags.learning_rate"
     " AlgorithmFlags.target_network_frequency"
-    " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses Overlay.new_game Overlay.think"
-    " Overlay.render",
-    "bootstrapped_dqn_atari.py": "ALGORITHM METRICS check_args QNetwork AlgorithmFlags.learning_rate"
+    " Agent.__init__ Agent.act Agent.think Agent.update Overlay.new_game Overlay.note Overlay.render",
+    "bootstrapped_dqn_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork AlgorithmFlags.learning_rate"
     " AlgorithmFlags.buffer_size AlgorithmFlags.target_network_frequency"
-    " Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
-    " Agent.__init__ Agent.act Agent.think Agent.update Agent.mean_losses"
-    " Overlay.new_game Overlay.think Overlay.render train",
-    "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args Atari.state_dict Atari.load_state_dict QNetwork"
-    " Batch BYTES_PER_TRANSITION"
+    " Batch BYTES_PER_TRANSITION Replay"
+    " Agent.PARTS Agent.__init__ Agent.act Agent.think Agent.update Agent.load_state_dict"
+    " Overlay.new_game Overlay.note Overlay.render train",
+    "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS check_args Atari.state_dict Atari.load_state_dict QNetwork"
+    " Batch BYTES_PER_TRANSITION Replay"
     " GameFlags.num_actors EvaluationFlags.eval_epsilon AlgorithmFlags.learning_rate AlgorithmFlags.buffer_size"
-    " AlgorithmFlags.n_step AlgorithmFlags.batch_size AlgorithmFlags.target_network_frequency"
+    " AlgorithmFlags.batch_size AlgorithmFlags.target_network_frequency"
     " AlgorithmFlags.learning_starts AlgorithmFlags.max_grad_norm"
-    " Replay.ARRAYS Replay.__init__ Replay.add Replay.sample Replay.state_dict"
-    " Replay.load_state_dict Agent.__init__ Agent.think Agent.update Agent.mean_losses Overlay.think Overlay.render"
-    " train",
-    "ppo_atari.py": "ALGORITHM FIXED_FLAGS METRICS check_args EvaluationFlags.eval_epsilon"
+    " Agent.PARTS Agent.__init__ Agent.think Agent.update Agent.state_dict Agent.load_state_dict"
+    " Overlay.note Overlay.render Run.check_step Run.log_games Run.__exit__ capture_learning train",
+    "ppo_atari.py": "ALGORITHM FIXED_FLAGS check_args EvaluationFlags.eval_epsilon"
     " AlgorithmFlags.learning_rate AlgorithmFlags.max_grad_norm"
-    " Agent Overlay.new_game Overlay.think Overlay.render Overlay.draw_trace model evaluate train play main",
+    " OUTCOME EnvSlice.step AtariVector.recv AtariVector.reset Run"
+    " Agent Overlay.new_game Overlay.note Overlay.render Overlay.draw_trace model evaluate train play main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
+ADVICE = """
+These blocks are one block in all six scripts. If you have changed one of them for good, carry the change into the
+others: python tests/check_copies.py --fix --from THE_SCRIPT_YOU_CHANGED NAME. If it is a part of an algorithm, name it
+under OWN in tests/check_copies.py. An experiment is best a copy under another name, which is not compared."""
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}
 
 
@@ -84,7 +96,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--fix", action="store_true", help="copy instead of complaining")
     parser.add_argument("--from", dest="source", default=TEMPLATE, metavar="FILE", help="the script that is right")
     args = parser.parse_args(arguments)
-    scripts = {path: shared(path) for path in sorted(root.glob("*_atari*.py"))}
+    paths = [root / name for name in SCRIPTS]
+    scripts = {path: shared(path) for path in paths if path.exists()}
     if root / args.source not in scripts:
         sys.exit(f"error: there is no script {args.source}")
     source = scripts[root / args.source]
@@ -103,7 +116,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             print(f"{path.name}: {name} {'is now' if args.fix else 'is not'} as elsewhere")
             if args.fix:
                 path.write_text(path.read_text().replace(text, right[name], 1))
-    return 1 if different and not args.fix else 0
+    if not different or args.fix:
+        return 0
+    print(ADVICE)
+    return 1
 
 
 if __name__ == "__main__":
