@@ -440,7 +440,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             # log, save, evaluate
             run.log_games(games, global_step)
             if passed(LOG_FREQUENCY):
-                charts = {"epsilon": epsilon.item(), "learning_rate": args.learning_rate}
+                charts = {"charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate}
                 run.log(charts, global_step)
             if passed(args.checkpoint_frequency):
                 run.save_checkpoint(global_step)
@@ -1632,12 +1632,12 @@ class Run:
     def log(self, charts: dict[str, float], global_step: int) -> None:
         """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
         now = time.perf_counter()
-        charts = {"SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
-        metrics = {f"charts/{name}": value for name, value in charts.items()}
-        metrics |= {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
-        self.tracker.log(metrics, global_step)
-        recent = np.mean(self.returns) if self.returns else math.nan
-        self.bar.set_postfix({"return": recent} | charts, refresh=False)
+        charts = {"charts/SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        losses = {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
+        self.tracker.log(charts | losses, global_step)
+        shown = {name.split("/")[1]: value for name, value in charts.items()}
+        shown["return"] = np.mean(self.returns) if self.returns else math.nan
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
         self.clock = now
         self.clock_step = global_step
@@ -1780,7 +1780,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "random" not in contents:
+    if resume and "wandb_run_id" not in contents:
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

@@ -29,15 +29,22 @@ counts on with the value of its last state; zeros before an episode's first fram
 before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on
 CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name like
 ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+
+In this order:
+
+    the flags        AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags
+    the algorithm    ActorCritic, Rollout, Agent, train
+    the games        Atari, AtariVector, Halves and ranks
+    what you see     Overlay, Recorder, evaluate, Tracker
+    the machinery    devices and CUDA graphs, Run, checkpoints, checks of the flags, main
 """
 
+from __future__ import annotations
+
 import atexit
-import copy
 import ctypes
-import difflib
 import io
 import math
-import mmap
 import multiprocessing
 import os
 import re
@@ -51,9 +58,9 @@ import unicodedata
 import zipfile
 import zlib
 from collections import deque
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
@@ -77,84 +84,16 @@ except ImportError:  # Windows
     fcntl = None
 
 ALGORITHM = "PPO"  # written into checkpoints: those of another algorithm are refused
-LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
 FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_envs", "full_action_space")  # on --resume
-METRICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
+STACK = 4  # frames in an observation
+SIZE = 84  # height and width of a frame
+FRAME_SKIP = 4  # emulator frames in an agent step
+NOOP_MAX = 30  # most idle frames at the start of a game
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun has started
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # their number
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # their number on this machine
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often torchrun has started them anew
-cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
-gym.register_envs(ale_py)
-ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-
-
-@dataclass
-class RunFlags:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run's name"""
-    seed: int = 1
-    """random seed"""
-    total_timesteps: int = 10_000_000
-    """steps of the whole run, of all games together; a step is 4 emulator frames"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic algorithms only"""
-    run_dir: str = "runs"
-    """folder in which each run gets a folder of its own"""
-    checkpoint_frequency: int = 500_000
-    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
-    resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
-
-
-@dataclass
-class WandbFlags:
-    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """where W&B records the run; auto is online if you have logged in, else offline"""
-    wandb_project_name: str = "watchrl"
-    """W&B project of the run"""
-    wandb_entity: str | None = None
-    """W&B team or user of the run; None is your own account"""
-    wandb_group: str | None = None
-    """W&B group of the run; None is one for each game and --exp-name"""
-
-
-@dataclass
-class EvaluationFlags:
-    evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
-    capture_video: bool = True
-    """make a video of the first game of each evaluation"""
-    video_length: int = 4500
-    """longest video in steps, 15 a second; 4500 are 5 minutes"""
-    eval_frequency: int = 500_000
-    """steps from one evaluation to the next; 0 evaluates only at the end"""
-    eval_episodes: int = 5
-    """games played in an evaluation"""
-    eval_epsilon: float = 0.0
-    """probability of a random action in an evaluation; the others are drawn from the policy"""
-
-
-@dataclass
-class GameFlags:
-    env_id: str = "Breakout"
-    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
-    num_envs: int = 8
-    """games played side by side"""
-    num_workers: int | None = None
-    """processes that run the games; None is one for each core, 0 runs them in the main process"""
-    sticky_actions: float = 0.0
-    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
-    max_episode_frames: int = 108_000
-    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
-    episodic_life: bool = True
-    """end an episode of learning when a life is lost; the game goes on"""
-    full_action_space: bool = False
-    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
 
 
 @dataclass
@@ -190,257 +129,412 @@ class AlgorithmFlags:
 
 
 @dataclass
-class Args(AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags):
-    """All flags. ``--help`` shows them in these groups."""
+class GameFlags:
+    env_id: str = "Breakout"
+    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
+    num_envs: int = 8
+    """games played side by side"""
+    num_workers: int | None = None
+    """processes that run the games; None is one for each core, 0 runs them in the main process"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
+    max_episode_frames: int = 108_000
+    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    episodic_life: bool = True
+    """end an episode of learning when a life is lost; the game goes on"""
+    full_action_space: bool = False
+    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
 
 
-def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
-
-    def read(words: list[str]) -> int:
-        value = float(words[0])
-        if not value.is_integer():
-            raise ValueError(f"{words[0]} is not a whole number")
-        return int(value)
-
-    if info.type is not int:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [f"{value:_}"],
-    )
+@dataclass
+class EvaluationFlags:
+    evaluate: str | None = None
+    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    capture_video: bool = True
+    """make a video of the first game of each evaluation"""
+    video_length: int = 4500
+    """longest video in steps, 15 a second; 4500 are 5 minutes"""
+    eval_frequency: int = 500_000
+    """steps from one evaluation to the next; 0 evaluates only at the end"""
+    eval_episodes: int = 5
+    """games played in an evaluation"""
+    eval_epsilon: float = 0.0
+    """probability of a random action in an evaluation; the others are drawn from the policy"""
 
 
-def plain_switch(word: str) -> str:
-    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
-    flag, _, value = word.partition("=")
-    name = flag.lstrip("-").replace("-", "_")
-    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
-        return word
-    return flag if value.lower() == "true" else f"--no-{name}"
+@dataclass
+class WandbFlags:
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where W&B records the run; auto is online if you have logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """W&B project of the run"""
+    wandb_entity: str | None = None
+    """W&B team or user of the run; None is your own account"""
+    wandb_group: str | None = None
+    """W&B group of the run; None is one for each game and --exp-name"""
 
 
-def parse_args(default: Args | None = None) -> Args:
-    """The flags of the command line; those that are not given are as in ``default``.
+@dataclass
+class RunFlags:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, a part of the run's name"""
+    seed: int = 1
+    """random seed"""
+    total_timesteps: int = 10_000_000
+    """steps of the whole run, of all games together; a step is 4 emulator frames"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic algorithms only"""
+    run_dir: str = "runs"
+    """folder in which each run gets a folder of its own"""
+    checkpoint_frequency: int = 500_000
+    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    resume: str | None = None
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
 
-    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+
+@dataclass
+class Args(RunFlags, WandbFlags, EvaluationFlags, GameFlags, AlgorithmFlags):
+    """All flags. ``--help`` shows them in these groups, the algorithm's first."""
+
+
+# ---------------------------------------------------------------------------------------------------- network
+
+
+class ActorCritic(nn.Module):
+    """The network of Mnih et al. 2015 with two heads: observations uint8 [batch, 4, 84, 84] to logits and values.
+
+    The logits are those of the policy, float32 [batch, actions], the values float32 [batch]. ``dtype`` is the precision
+    in which the trunk computes; its weights stay float32.
     """
-    groups = {
-        "algorithm": AlgorithmFlags,
-        "game": GameFlags,
-        "evaluation": EvaluationFlags,
-        "W&B": WandbFlags,
-        "run": RunFlags,
-    }
-    default = default or Args()
-    types, defaults = {}, {}
-    for title, group in groups.items():
-        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
-        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
-    registry = ConstructorRegistry()
-    registry.primitive_rule(whole_number)
-    parsed = tyro.cli(
-        TypedDict("Flags", types),
-        args=[plain_switch(word) for word in sys.argv[1:]],
-        default=defaults,
-        description=__doc__.splitlines()[0],
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=registry,
-    )
-    args = Args()
-    for group in parsed.values():
-        vars(args).update(vars(group))
-    if "" in (args.resume, args.evaluate):
-        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
-    if args.resume and args.evaluate:
-        sys.exit("error: --resume trains and --evaluate does not: give one of them")
-    args.env_id = game_name(args.env_id)
-    return args
+
+    def __init__(self, num_actions: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype = dtype
+        self.trunk = nn.Sequential(
+            nn.Conv2d(STACK, 32, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(),
+        )
+        self.actor = nn.Linear(512, num_actions)
+        self.critic = nn.Linear(512, 1)
+        gains = {self.actor: 0.01, self.critic: 1.0}  # a policy that is almost uniform at the start
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
+                nn.init.zeros_(layer.bias)
+        self.trunk.to(memory_format=torch.channels_last)
+
+    def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mixed = self.dtype != torch.float32
+        with torch.autocast(observations.device.type, self.dtype, enabled=mixed):
+            pixels = observations.to(self.dtype) / 255
+            features = self.trunk(pixels)
+        features = features.float()
+        return self.actor(features), self.critic(features).squeeze(1)
 
 
-def check_args(args: Args) -> None:
-    """Ends the program with one sentence if a flag is out of its range."""
-    ranges = [
-        ("total_timesteps video_length eval_episodes max_episode_frames", 1, 10**12),
-        ("checkpoint_frequency eval_frequency", 0, 10**12),
-        ("seed", 0, 2**31),
-        ("sticky_actions eval_epsilon", 0, 1),
-        ("num_envs", 1, 10_000),  # a game takes 1 MB
-        ("num_workers", 0, args.num_envs),
-        ("learning_rate", 1e-12, 1),
-        ("gamma gae_lambda", 0, 1),
-        ("num_steps", 1, 100_000),
-        ("num_minibatches", 1, 10**6),
-        ("update_epochs", 1, 1000),
-        ("clip_coef target_kl", 1e-12, 1000),
-        ("ent_coef vf_coef", 0, 1000),
-        ("max_grad_norm", 1e-12, 10**6),
-    ]
-    for names, low, high in ranges:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:  # nan is not in any range
-                flag = f"--{name.replace('_', '-')}"
-                sys.exit(f"error: {flag} is {value:,}: it must be between {low:,} and {high:,}")
-    if WORLD_SIZE > 1 and args.evaluate:
-        sys.exit("error: --evaluate is for one process: start it without torchrun")
-    if args.num_envs % WORLD_SIZE:
-        sys.exit(f"error: --num-envs {args.num_envs} cannot be divided among {WORLD_SIZE} ranks: make it a multiple")
-    steps = args.num_steps * args.num_envs // WORLD_SIZE
-    if steps % args.num_minibatches or steps == args.num_minibatches:
-        parts = f"the {steps} steps of an iteration (on each rank) into parts of 2 or more"
-        advice = "change it, --num-steps or --num-envs"
-        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {parts}: {advice}")
+# ---------------------------------------------------------------------------------------------------- rollout
 
 
-def device_types() -> list[str]:
-    """The kinds of device that this machine has, the fastest first."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return [accelerator.type, "cpu"] if accelerator else ["cpu"]
+class Minibatch(NamedTuple):
+    observations: torch.Tensor  # uint8 [size, 4, 84, 84]
+    actions: torch.Tensor  # int64 [size]
+    logprobs: torch.Tensor  # float32 [size], of the actions under the policy that drew them
+    values: torch.Tensor  # float32 [size], as they were estimated then
+    returns: torch.Tensor  # float32 [size], what the values are to be
 
 
-def find_device(name: str) -> torch.device:
-    """The device that ``--device`` means; ends the program if this machine has none such."""
-    usable = device_types()
-    try:
-        device = torch.device(usable[0] if name == "auto" else name)
-    except RuntimeError:
-        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
-    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
-        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
-    return device
+class Rollout:
+    """An iteration's steps on ``device``: row t of each array is step t of all environments.
 
-
-def find_precision(name: str, device: torch.device) -> str:
-    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
-    if name == "auto":
-        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
-    return name
-
-
-def set_up_torch(args: Args, device: torch.device) -> None:
-    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def guard_streams() -> None:
-    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
-
-    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
-    file opened would take the number of a closed stream.
+    ``observations`` and ``values`` have one row more, for the state after the last step. The observations are
+    channels_last in memory, as the convolutions want them: not reordered in every epoch.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
-            stream.reconfigure(errors="replace", line_buffering=True)
-            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
-            raw.write = lossy(raw.write)
+
+    def __init__(self, args: Args, num_envs: int, device: torch.device):
+        needed = args.num_steps * num_envs * STACK * SIZE**2
+        check_memory(f"--num-steps {args.num_steps}", needed, device)
+        self.args = args
+        shape = (args.num_steps, num_envs)
+        longer = (args.num_steps + 1, num_envs)
+        pixels = torch.zeros(*longer, SIZE, SIZE, STACK, dtype=torch.uint8, device=device)
+        self.observations = pixels.movedim(-1, 2)
+        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.values = torch.zeros(longer, device=device)
+        self.advantages = torch.zeros(shape, device=device)
+        self.returns = torch.zeros(shape, device=device)
+        # these come from the emulators, and stay in main memory until the iteration ends
+        self.rewards = torch.zeros(shape)
+        self.ends = torch.zeros(shape, dtype=torch.bool)
+
+    def estimate_advantages(self, rewards: torch.Tensor, ends: torch.Tensor) -> None:
+        """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
+
+        ``rewards`` are float32 and ``ends`` bool, [num_steps, num_envs]; an end is a step after which nothing more is
+        to be had. The reward of a step that was truncated includes the discounted value of the state it led to.
+        """
+        discounts = self.args.gamma * ~ends
+        deltas = rewards + discounts * self.values[1:] - self.values[:-1]
+        advantages = torch.zeros_like(deltas[0])
+        for step in reversed(range(len(deltas))):
+            advantages = deltas[step] + self.args.gae_lambda * discounts[step] * advantages
+            self.advantages[step] = advantages
+        torch.add(self.advantages, self.values[:-1], out=self.returns)
+
+    def minibatch(self, indices: torch.Tensor) -> Minibatch:
+        """The steps with the numbers ``indices`` (int64 [size]), counted row by row."""
+
+        def pick(array: torch.Tensor) -> torch.Tensor:
+            return array.flatten(0, 1).index_select(0, indices)
+
+        pixels = self.observations[:-1].movedim(2, -1)
+        return Minibatch(
+            observations=pick(pixels).movedim(-1, 1),
+            actions=pick(self.actions),
+            logprobs=pick(self.logprobs),
+            values=pick(self.values[:-1]),
+            returns=pick(self.returns),
+        )
 
 
-def lossy(write):
-    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
-
-    def write_or_lose(data) -> int:
-        try:
-            return write(data) or len(data)  # None: a pipe is full and does not block
-        except OSError:
-            return len(data)
-
-    return write_or_lose
+# ------------------------------------------------------------------------------------------------------ agent
 
 
-def say(text: str, file=None) -> None:
-    """Prints a line beside the progress bar, to stdout unless another stream is given."""
-    tqdm.write(text, file=file)
+class Agent:
+    """Network and optimizer."""
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device):
+        self.args = args
+        self.device = device
+        self.precision = find_precision(args.precision, device)
+        self.network = ActorCritic(num_actions, getattr(torch, self.precision)).to(device)
+        self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a graph would keep a number as it is
+        options = optimizer_options(device)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate, eps=1e-5, **options)
+        self.metrics = Means(device)
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Actions drawn from the policy, int64, their log probabilities and the values, float32, all [num_envs]."""
+        logits, values = self.network(observations)
+        log_policy = logits.log_softmax(1)
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        actions = (log_policy + gumbel).argmax(1)  # https://en.wikipedia.org/wiki/Gumbel_distribution
+        return actions, logprobs_of(actions, log_policy), values
+
+    @torch.no_grad()
+    def value(self, observations: torch.Tensor) -> torch.Tensor:
+        """Values, float32 [num_envs]."""
+        _, values = self.network(observations)
+        return values
+
+    def compute_gradients(self, observations, actions, logprobs, values, returns, advantages) -> torch.Tensor:
+        """Gradients of the loss (Schulman et al. 2017, eq. 7 and 9) of a ``Minibatch`` and its advantages [size].
+
+        Returns an estimate of the KL divergence between the policy that played and this one.
+        """
+        args = self.args
+        logits, new_values = self.network(observations)
+        log_policy = logits.log_softmax(1)
+        log_ratio = logprobs_of(actions, log_policy) - logprobs
+        ratio = log_ratio.exp()
+        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
+
+        value_errors = (new_values - returns).square()
+        if args.clip_vloss:
+            clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
+            clipped_errors = (clipped_values - returns).square()
+            value_errors = torch.max(value_errors, clipped_errors)
+        value_loss = 0.5 * value_errors.mean()
+
+        entropy = -(log_policy.exp() * log_policy).sum(1).mean()
+        loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
+        self.optimizer.zero_grad()
+        loss.backward()
+
+        approx_kl = (ratio - 1 - log_ratio).mean().detach()  # http://joschu.net/blog/kl-approx.html
+        metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+        metrics["old_approx_kl"] = -log_ratio
+        metrics["approx_kl"] = approx_kl
+        metrics["clipfrac"] = (ratio - 1).abs() > args.clip_coef
+        self.metrics.add(metrics)
+        return approx_kl
+
+    def apply_gradients(self) -> None:
+        """Adam's step along the gradients."""
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def think(self, observation: torch.Tensor, rng: np.random.Generator) -> tuple[tuple[np.ndarray, float], int]:
+        """What the overlay shows of one observation and an action drawn from the policy.
+
+        That is the probability of each action, float32 [actions], and the value.
+        """
+        logits, value = self.network(observation[None])
+        log_policy = logits[0].log_softmax(0).cpu().numpy()
+        gumbel = rng.gumbel(size=len(log_policy))
+        action = int((log_policy + gumbel).argmax())
+        return (np.exp(log_policy), value.item()), action
+
+    def state_dict(self) -> dict:
+        parts = ("network", "optimizer", "metrics")
+        return {name: getattr(self, name).state_dict() for name in parts}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state["network"])
+        load_moments(self.optimizer, state["optimizer"])
+        self.metrics.load_state_dict(state["metrics"])
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+def logprobs_of(actions: torch.Tensor, log_policy: torch.Tensor) -> torch.Tensor:
+    """The log probabilities, float32 [batch], of ``actions`` under a policy's, float32 [batch, actions]."""
+    return log_policy.gather(1, actions[:, None]).squeeze(1)
 
 
-def catch_signals() -> list[int]:
-    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
+def normalize(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, size] with mean 0 and standard deviation 1 each, taken over the rows of all ranks."""
+    count = rows.shape[1] * WORLD_SIZE
+    rows = rows - average(rows.mean(1, keepdim=True))
+    variances = average(rows.square().mean(1, keepdim=True)) * count / (count - 1)
+    return rows / (variances.sqrt() + 1e-8)
 
-    Those that are ignored stay so: nohup and scripts have their reasons.
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """The share of the returns' variance that the values foresaw: 1 for perfect ones, 0 for the best constant."""
+    rows = torch.stack([returns.flatten(), (returns - values).flatten()])
+    rows = rows - average(rows.mean(1, keepdim=True))
+    variance, unexplained = average(rows.square().mean(1)).tolist()
+    return 1 - unexplained / variance if variance else math.nan
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
+    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it.
+
+    Every rank runs this with its share of the environments; what is logged, evaluated and saved is left to rank 0.
     """
-    caught = []
+    keep_freed_memory()
+    share = own_share(args)
+    envs = Halves(share)  # forks, so before the lock, threads and CUDA
+    set_up_torch(replace(args, seed=args.seed + RANK), device)
+    agent = Agent(args, envs.num_actions, device)
+    rollout = Rollout(args, share.num_envs, device)
+    join_ranks(device)
+    run = Run(args, run_dir, agent, {"envs": envs})
+    global_step = run.start(resume)
+    if not resume:
+        envs.reset(args.seed, first=RANK * share.num_envs)
+        agree_on_weights(agent)
 
-    def catch(number: int, _) -> None:
-        if not caught:
-            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
-            with suppress(OSError):
-                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
-        caught.append(number)
+    def compute_gradients(indices: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        return agent.compute_gradients(*rollout.minibatch(indices), advantages)
 
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, catch)
-    return caught
+    act = capture(agent.act, device)
+    value = capture(agent.value, device)
+    estimate_advantages = capture(rollout.estimate_advantages, device)
+    compute_gradients = capture(compute_gradients, device)
+    apply_gradients = capture(agent.apply_gradients, device)
+    steps_per_iteration = args.num_steps * args.num_envs
+    all_threads = torch.get_num_threads()
+
+    def send_actions(half: AtariVector, step: int) -> None:
+        """Draws and stores the actions of a step, and starts it."""
+        here = (step, half.columns)
+        actions, logprobs, values = act(rollout.observations[here])
+        half.send(actions.cpu().numpy())
+        rollout.actions[here] = actions
+        rollout.logprobs[here] = logprobs
+        rollout.values[here] = values
+
+    def receive(half: AtariVector, step: int) -> list[dict]:
+        """Stores what a step brought, and returns the games that ended."""
+        observations, rewards, terminated, truncated, games = half.recv()
+        cut = truncated & ~terminated
+        if cut.any():  # the value of its last state stands for the rewards that the game still had
+            final_observations = upload(half.outcomes["final_observation"], device)
+            rewards = rewards + args.gamma * cut * value(final_observations).cpu().numpy()
+        rollout.rewards[step, half.columns] = torch.as_tensor(rewards)
+        rollout.ends[step, half.columns] = torch.as_tensor(terminated | truncated)
+        rollout.observations[step + 1, half.columns] = upload(observations, device)
+        return [game | {"global_step": global_step + (step + 1) * args.num_envs} for game in games]
+
+    def passed(frequency: int) -> int:
+        """How many multiples of ``frequency`` the last iteration has reached."""
+        return multiples(frequency, global_step - steps_per_iteration, global_step)
+
+    with run:
+        while global_step < args.total_timesteps and not run.stopped:
+            # play: the emulators of one half run while the policy computes for the other
+            torch.set_num_threads(1)  # several wait for each other too long on cores that emulators use
+            games = []
+            for half in envs.halves:
+                rollout.observations[0, half.columns] = upload(half.observations, device)
+                send_actions(half, step=0)
+            for step in range(args.num_steps):
+                for half in envs.halves:
+                    games += receive(half, step)
+                    if step + 1 < args.num_steps:
+                        send_actions(half, step + 1)
+            for half in envs.halves:
+                rollout.values[-1, half.columns] = value(rollout.observations[-1, half.columns])
+            estimate_advantages(upload(rollout.rewards, device), upload(rollout.ends, device))
+
+            # learn
+            torch.set_num_threads(all_threads)
+            progress = global_step / args.total_timesteps
+            agent.learning_rate.fill_(args.learning_rate * (1 - progress if args.anneal_lr else 1))
+            for _ in range(args.update_epochs):
+                indices = torch.randperm(rollout.ends.numel(), device=device)
+                indices = indices.view(args.num_minibatches, -1)
+                advantages = rollout.advantages.flatten()[indices]
+                if args.norm_adv:
+                    advantages = normalize(advantages)
+                for minibatch in zip(indices, advantages):
+                    approx_kl = compute_gradients(*minibatch)
+                    average_gradients(agent.network)
+                    apply_gradients()
+                if args.target_kl and average(approx_kl).item() > args.target_kl:
+                    break
+            global_step += steps_per_iteration
+
+            # log, save, evaluate
+            run.log_games(games, global_step)
+            if passed(LOG_FREQUENCY):
+                explained = explained_variance(rollout.values[:-1], rollout.returns)
+                charts = {"charts/learning_rate": agent.learning_rate.item()}
+                charts["losses/explained_variance"] = explained
+                average_metrics(agent.metrics)
+                run.log(charts, global_step)
+            if passed(args.checkpoint_frequency):
+                run.save_checkpoint(global_step)
+            if passed(args.eval_frequency) and global_step < args.total_timesteps:
+                run.evaluate(global_step)
+            run.hear_all_ranks()
+        run.finish(global_step)
+    return run.exit_code
 
 
-def run_main() -> None:
-    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
-
-    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
-    """
-    guard_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
-    exit_code = main()
-    if exit_code > 128:
-        signal.signal(exit_code - 128, signal.SIG_DFL)
-        atexit._run_exitfuncs()
-        signal.raise_signal(exit_code - 128)
-    sys.exit(exit_code)
+# =============================================================================================================
+#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+# =============================================================================================================
 
 
-# ------------------------------------------------------------------------------------------- Atari environment
-
-STACK = 4  # frames in an observation
-SIZE = 84  # height and width of a frame
-FRAME_SKIP = 4  # emulator frames in an agent step
-NOOP_MAX = 30  # most idle frames at the start of a game
-
-
-def game_name(env_id: str) -> str:
-    """'Breakout' for 'Breakout', 'ALE/Breakout-v5' and 'BreakoutNoFrameskip-v4'.
-
-    Ends the program with the closest names if there is no such game.
-    """
-    games = [name.removeprefix("ALE/").removesuffix("-v5") for name in gym.registry if name.startswith("ALE/")]
-    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
-    if name not in games:
-        close = difflib.get_close_matches(name, games) or ["Breakout", "Pong"]
-        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close)}?")
-    return name
-
-
-def unwrap(reward: float) -> float:
-    """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
-
-    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
-    no other reason.
-    """
-    for limit in (1e5, 1e6, 1e7):
-        if -limit < reward <= -0.9 * limit:
-            return reward + limit
-    return reward
+# ------------------------------------------------------------------------------------------------ Atari games
 
 
 class Atari(gym.Wrapper):
@@ -450,18 +544,19 @@ class Atari(gym.Wrapper):
     views that the next ``step`` or ``reset`` overwrites. A frame is the maximum of the last two of 4 emulator frames
     in ALE's grayscale, resized by area. Rewards are clipped to their sign. When a game ends, ``info["episode"]`` has
     its true return ``r``, its length ``l`` in agent steps, and ``unique_frames``, the share of its frames that had
-    not occurred before in it: it falls when an agent farms one reward in a loop.
+    not occurred before in it: it falls when the picture stands still.
 
     An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
     at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
     is such an action.
 
-    Another environment in its place needs the same methods, and ``game``, ``action_names``, ``stack``, ``lives``,
-    ``game_ended``, ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
+    A class that takes its place (see ``Game``) needs ``reset``, ``step``, ``state_dict``, ``load_state_dict``,
+    ``screen``, ``find_game``, ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``stack``,
+    ``lives``, ``game_ended``, ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
     """
 
     def __init__(self, args: Args):
-        self.game = game_name(args.env_id)
+        self.game = self.find_game(args.env_id)
         env = gym.make(
             f"ALE/{self.game}-v5",
             obs_type="grayscale",
@@ -475,8 +570,8 @@ class Atari(gym.Wrapper):
         self.ale = self.unwrapped.ale
         self.action_names = self.unwrapped.get_action_meanings()
         self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
-        self.fire_action = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
-        self.max_episode_frames, self.episodic_life = args.max_episode_frames, args.episodic_life
+        self.max_episode_frames = args.max_episode_frames
+        self.episodic_life = args.episodic_life
         self.sticky_actions = args.sticky_actions
         self.last_action = ale_py.Action.NOOP  # the action of the last emulator frame
         self.observation_space = gym.spaces.Box(0, 255, (STACK, SIZE, SIZE), np.uint8)
@@ -484,42 +579,63 @@ class Atari(gym.Wrapper):
         self.recording = False  # set it before ``reset``
         self.colors = np.zeros((*self.screens.shape, 3), np.uint8)  # the same in RGB, while recording
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
-        self.game_ended, self.lives = True, 0
-        self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
+        self.game_ended = True
+        self.lives = 0
+        self.episode_return = 0.0
+        self.episode_length = 0
+        self.frames_seen = set()
+
+    @staticmethod
+    def find_game(env_id: str) -> str:
+        """'Breakout' for 'Breakout', 'ALE/Breakout-v5' and 'BreakoutNoFrameskip-v4'.
+
+        Ends the program if there is no such game.
+        """
+        game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
+        try:
+            gym.spec(f"ALE/{game}-v5")
+        except gym.error.Error as error:
+            sys.exit(f"error: --env-id {env_id} is no game here: {error}")
+        return game
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
         if self.game_ended or seed is not None:
-            self.env.reset(seed=seed)
-            for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-                self.ale.act(ale_py.Action.NOOP)
-                if self.ale.game_over(with_truncation=False):
-                    self.env.reset()
-            self.ale.getScreenGrayscale(self.screens[0])
-            self.screens[1] = 0
-            self.colors[:] = self.ale.getScreenRGB()
-            self.last_action = ale_py.Action.NOOP
-            self.game_ended = False
-            self.episode_return, self.episode_length = 0.0, 0
-            self.frames_seen.clear()
-            self._push_frame()
+            self._start_game(seed)
         self.stack[:-1] = 0
-        if self.fire_action is not None:
-            self._repeat_action(self.fire_action)
+        if "FIRE" in self.action_names:
+            self._repeat_action(self.action_names.index("FIRE"))
             self.stack[:-1] = 0
             if self.game_ended:
                 return self.reset()
         self.lives = self.ale.lives()
         return self.stack, {}
 
+    def _start_game(self, seed: int | None) -> None:
+        self.env.reset(seed=seed)
+        for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
+            self.ale.act(ale_py.Action.NOOP)
+            if self.ale.game_over(with_truncation=False):
+                self.env.reset()
+        self.ale.getScreenGrayscale(self.screens[0])
+        self.screens[1] = 0
+        self.colors[:] = self.ale.getScreenRGB()
+        self.last_action = ale_py.Action.NOOP
+        self.game_ended = False
+        self.episode_return = 0.0
+        self.episode_length = 0
+        self.frames_seen.clear()
+        self._push_frame()
+
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Repeats the action for 4 emulator frames; the reward is the sign of their sum."""
         reward = self._repeat_action(action)
         lives = self.ale.lives()
-        # some games show 0 lives for a few frames before they end: those are no new episode
-        life_lost, self.lives = 0 < lives < self.lives, lives
+        life_lost = 0 < lives < self.lives  # some games show 0 lives for a few frames before they end
+        self.lives = lives
         terminated = self.game_ended or (self.episodic_life and life_lost)
-        truncated = not self.game_ended and self.ale.getEpisodeFrameNumber() >= self.max_episode_frames
+        at_limit = self.ale.getEpisodeFrameNumber() >= self.max_episode_frames
+        truncated = at_limit and not self.game_ended
         self.game_ended |= truncated
         info = {}
         if self.game_ended:
@@ -549,20 +665,23 @@ class Atari(gym.Wrapper):
             self.game_ended = self.ale.game_over(with_truncation=False)
             if self.game_ended:
                 break
-            if frame >= FRAME_SKIP - 2:
-                self.ale.getScreenGrayscale(self.screens[FRAME_SKIP - 1 - frame])
-        if reward < 0:
-            reward = unwrap(reward)
+            if frame == FRAME_SKIP - 2:
+                self.ale.getScreenGrayscale(self.screens[1])
+            elif frame == FRAME_SKIP - 1:
+                self.ale.getScreenGrayscale(self.screens[0])
+        reward = unwrap(reward)
         self.episode_return += reward
         self.episode_length += 1
         self._push_frame()
         return reward
 
     def _push_frame(self) -> None:
-        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
+        latest = self.screens[0]
+        newest = self.stack[-1]
+        np.maximum(latest, self.screens[1], out=latest)
         self.stack[:-1] = self.stack[1:]
-        cv2.resize(self.screens[0], (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
-        self.frames_seen.add(zlib.crc32(self.stack[-1]))  # a collision in every dozenth of the longest games
+        cv2.resize(latest, (SIZE, SIZE), dst=newest, interpolation=cv2.INTER_AREA)
+        self.frames_seen.add(zlib.crc32(newest))  # two frames collide in every dozenth of the longest games
 
     def state_dict(self) -> dict:
         """All that the rest of the game depends on, as plain values: torch's threads do not survive the fork."""
@@ -588,8 +707,8 @@ class Atari(gym.Wrapper):
             raise ValueError("the emulator's state is damaged or of another game") from None
         self.np_random.bit_generator.state = state["random"]
         self.last_action = ale_py.Action(state["last_action"])
-        self.screens[:] = np.frombuffer(state["screens"], np.uint8).reshape(self.screens.shape)
-        self.stack[:] = np.frombuffer(state["stack"], np.uint8).reshape(self.stack.shape)
+        for array, name in ((self.screens, "screens"), (self.stack, "stack")):
+            array[:] = np.frombuffer(state[name], np.uint8).reshape(array.shape)
         self.frames_seen = set(np.frombuffer(state["frames_seen"], np.uint32).tolist())
         self.game_ended = bool(state["game_ended"])
         self.lives = int(state["lives"])
@@ -601,28 +720,48 @@ class Atari(gym.Wrapper):
                 raise ValueError(f"{name} is damaged or of another game")
 
 
+Game = Atari  # the environment of this script: another class can stand here
+
+
+def unwrap(reward: float) -> float:
+    """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
+
+    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
+    no other reason.
+    """
+    for limit in (1e5, 1e6, 1e7):
+        if -limit < reward <= -0.9 * limit:
+            return reward + limit
+    return reward
+
+
 # -------------------------------------------------------------------------------------- vector of environments
+
+# what a step of one environment brought, in memory that all processes share
+OUTCOME = np.dtype(
+    [
+        ("observation", np.uint8, (STACK, SIZE, SIZE)),
+        ("reward", np.float32),
+        ("terminated", np.bool_),
+        ("truncated", np.bool_),
+        ("final_observation", np.uint8, (STACK, SIZE, SIZE)),  # the last of the episode, if it was truncated
+    ],
+    align=True,
+)
 
 
 class EnvSlice:
-    """The environments that one process steps, one after another, on their rows of the shared arrays."""
+    """The environments that one process steps, one after another, and their places among the shared outcomes."""
 
-    def __init__(self, args: Args, first: int, last: int, buffers: dict[str, tuple]):
-        self.first, self.envs = first, [Atari(args) for _ in range(first, last)]
-        self.arrays = {name: array[first:last] for name, array in as_arrays(buffers).items()}
+    def __init__(self, args: Args, first: int, last: int, memory):
+        self.first = first
+        self.envs = [Game(args) for _ in range(first, last)]
+        self.outcomes = np.frombuffer(memory, OUTCOME)[first:last]
 
     def send(self, message: tuple[str, list]) -> None:
-        """Calls the method named first with the argument that follows; ``recv`` returns the result, as a pipe does.
-
-        What is wrong with a state that cannot be loaded is a result too, a ValueError.
-        """
+        """Calls the method named first with the argument that follows; ``recv`` returns the result, as a pipe does."""
         method, argument = message
-        try:
-            self.result = getattr(self, method)(argument)
-        except Exception as error:
-            if method != "load_state_dict":
-                raise
-            self.result = error if isinstance(error, ValueError) else ValueError(repr(error))
+        self.result = getattr(self, method)(argument)
 
     def recv(self):
         return self.result
@@ -631,47 +770,55 @@ class EnvSlice:
         pass
 
     def reset(self, seeds: list[tuple[int, int]]) -> None:
-        for env, seed, observation in zip(self.envs, seeds, self.arrays["observations"]):
-            observation[:] = env.reset(seed=derive_seed(*seed))[0]
+        for i, env in enumerate(self.envs):
+            self.outcomes["observation"][i], _ = env.reset(seed=derive_seed(*seeds[i]))
 
     def step(self, actions: list[int]) -> list[dict]:
         """Steps every environment and starts its next episode when one ends; returns the games that ended."""
-        games, a = [], self.arrays
-        for i, (env, action) in enumerate(zip(self.envs, actions)):
-            observation, a["rewards"][i], terminated, truncated, info = env.step(action)
-            a["terminated"][i], a["truncated"][i] = terminated, truncated
+        games = []
+        for i, env in enumerate(self.envs):
+            observation, reward, terminated, truncated, info = env.step(actions[i])
+            if info:
+                games.append(info["episode"] | {"env": self.first + i})
             if truncated:
-                a["final_observations"][i] = observation
-            a["observations"][i] = env.reset()[0] if terminated or truncated else observation
-            games += [info["episode"] | {"env": self.first + i}] if info else []
+                self.outcomes["final_observation"][i] = observation
+            if terminated or truncated:
+                observation, _ = env.reset()
+            self.outcomes["observation"][i] = observation
+            self.outcomes["reward"][i] = reward
+            self.outcomes["terminated"][i] = terminated
+            self.outcomes["truncated"][i] = truncated
         return games
 
     def state_dict(self, _) -> list[dict]:
         return [env.state_dict() for env in self.envs]
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        for env, state, observation in zip(self.envs, states, self.arrays["observations"]):
-            env.load_state_dict(state)
-            observation[:] = env.stack
+    def load_state_dict(self, states: list[dict]) -> ValueError | None:
+        """Returns what is wrong with the states, if they cannot be loaded."""
+        try:
+            for i, env in enumerate(self.envs):
+                env.load_state_dict(states[i])
+                self.outcomes["observation"][i] = env.stack
+        except ValueError as error:
+            return error
+        except Exception as error:
+            return ValueError(repr(error))
 
 
 def derive_seed(*numbers: int) -> int:
     """A seed made of several numbers: seeds 1 and 2 have no games in common, as ``seed + i`` would."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1)
+    return int(seed)
 
 
-def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
-    return {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, dtype, shape) in buffers.items()}
-
-
-def work(pipe, inherited: list, make_slice, *share) -> None:
+def work(pipe, inherited: list, *share) -> None:
     """Body of a worker process: serves a slice until the main process closes the pipe or dies."""
     for number in STOP_SIGNALS:  # terminals and job schedulers signal every process: the main one decides,
         signal.signal(number, signal.SIG_IGN)  # and needs the games for its checkpoint
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
-        envs = make_slice(*share)
+        envs = EnvSlice(*share)
         while True:
             envs.send(pipe.recv())
             pipe.send(envs.recv())
@@ -682,45 +829,41 @@ def work(pipe, inherited: list, make_slice, *share) -> None:
 
 
 class AtariVector:
-    """``num_envs`` games, split over worker processes that share one set of arrays with the learner.
+    """``num_envs`` games, split over worker processes that share one array of outcomes with the learner.
 
     ``send`` starts a step and ``recv`` ends it, so that the learner works while the emulators run. A life or game
     that ends is followed at once by the next, whose first observation is then in ``observations``. With
     ``num_workers`` 0 the games run in this process. Create it before CUDA, threads or W&B start, since it forks.
     """
 
-    make_slice = EnvSlice  # what each process makes of its share
-
     def __init__(self, args: Args):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(cores, args.num_envs) if args.num_workers is None else args.num_workers
-        self.num_envs, self.num_actions = args.num_envs, int(Atari(args).action_space.n)
-        context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-        buffers = {}
-        for name, dtype, shape in (
-            ("observations", np.uint8, (args.num_envs, STACK, SIZE, SIZE)),
-            ("rewards", np.float32, (args.num_envs,)),
-            ("terminated", np.bool_, (args.num_envs,)),
-            ("truncated", np.bool_, (args.num_envs,)),
-            ("final_observations", np.uint8, (args.num_envs, STACK, SIZE, SIZE)),
-        ):
-            buffers[name] = (context.RawArray("B", math.prod(shape) * np.dtype(dtype).itemsize), dtype, shape)
-        self.arrays = as_arrays(buffers)
-        self.bounds = [args.num_envs * i // max(num_workers, 1) for i in range(max(num_workers, 1) + 1)]
-        self.pipes, self.workers = [], []
+        self.num_envs = args.num_envs
+        self.num_actions = int(Game(args).action_space.n)
+        num_workers = min(count_cores(), args.num_envs) if args.num_workers is None else args.num_workers
+        num_slices = max(num_workers, 1)
+        self.bounds = [args.num_envs * i // num_slices for i in range(num_slices + 1)]
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        memory = context.RawArray("B", args.num_envs * OUTCOME.itemsize)
+        self.outcomes = np.frombuffer(memory, OUTCOME)
+        self.observations = self.outcomes["observation"]
+        self.pipes = []
+        self.workers = []
         atexit.register(self.close)
         for first, last in zip(self.bounds, self.bounds[1:]):
-            share = (args, first, last, buffers)
+            share = (args, first, last, memory)
             if num_workers == 0:
-                self.pipes.append(self.make_slice(*share))
-                continue
-            pipe, child_pipe = context.Pipe()
-            self.pipes.append(pipe)
-            arguments = (child_pipe, self.pipes, self.make_slice, *share)
-            worker = context.Process(target=work, args=arguments, daemon=True)
-            worker.start()
-            child_pipe.close()  # so that the death of the worker closes the pipe
-            self.workers.append(worker)
+                self.pipes.append(EnvSlice(*share))
+            else:
+                self._start_worker(context, share)
+
+    def _start_worker(self, context, share: tuple) -> None:
+        pipe, child_pipe = context.Pipe()
+        self.pipes.append(pipe)
+        inherited = self.pipes if context.get_start_method() == "fork" else []
+        worker = context.Process(target=work, args=(child_pipe, inherited, *share), daemon=True)
+        worker.start()
+        child_pipe.close()  # so that the death of the worker closes the pipe
+        self.workers.append(worker)
 
     def send(self, actions: np.ndarray) -> None:
         """Starts a step with ``actions`` (int64 [num_envs])."""
@@ -729,11 +872,11 @@ class AtariVector:
     def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Waits for the step: observations, rewards, terminated, truncated (views) and the games that ended.
 
-        A game is its ``info["episode"]`` with the number of its environment, ``env``. The last observation of a
-        truncated episode is in ``arrays["final_observations"]``.
+        A game is its ``info["episode"]`` with the number of its environment, ``env``.
         """
         games = self._recv()
-        return *(self.arrays[name] for name in ("observations", "rewards", "terminated", "truncated")), games
+        outcomes = self.outcomes
+        return self.observations, outcomes["reward"], outcomes["terminated"], outcomes["truncated"], games
 
     def reset(self, seed: int, first: int = 0) -> np.ndarray:
         """Starts a new game everywhere; returns the observations.
@@ -742,20 +885,19 @@ class AtariVector:
         """
         self._send("reset", [(seed, first + i) for i in range(self.num_envs)])
         self._recv()
-        return self.arrays["observations"]
+        return self.observations
 
     def state_dict(self) -> list[dict]:
         """The states of all environments; not between ``send`` and ``recv``."""
         self._send("state_dict", [None] * self.num_envs)
         return self._recv()
 
-    def load_state_dict(self, states: list[dict]) -> np.ndarray:
+    def load_state_dict(self, states: list[dict]) -> None:
         """Goes on where the states were taken; raises a ValueError if they are damaged or of other games."""
         if len(states) != self.num_envs:
             raise ValueError(f"there are {len(states)} games, not {self.num_envs}")
         self._send("load_state_dict", states)
         self._recv()
-        return self.arrays["observations"]
 
     def close(self) -> None:
         """Ends the workers; also called when the program ends."""
@@ -769,8 +911,9 @@ class AtariVector:
     def _send(self, method: str, items: list) -> None:
         """Starts a method of every slice on its share of ``items``, one for each environment."""
         for i, pipe in enumerate(self.pipes):
+            share = items[self.bounds[i] : self.bounds[i + 1]]
             try:
-                pipe.send((method, items[self.bounds[i] : self.bounds[i + 1]]))
+                pipe.send((method, share))
             except OSError:
                 self._fail(i)
 
@@ -789,33 +932,76 @@ class AtariVector:
         return results
 
     def _fail(self, i: int) -> None:
-        worker, games = self.workers[i], f"{self.bounds[i]} to {self.bounds[i + 1] - 1}"
+        worker = self.workers[i]
         worker.join(timeout=5)
-        sys.exit(f"error: environment worker {i} (process {worker.pid}, environments {games}) died with exit code"
-                 f" {worker.exitcode}: go on from the last checkpoint with --resume")  # fmt: skip
+        name = (
+            f"environment worker {i} (process {worker.pid}, environments {self.bounds[i]} to {self.bounds[i + 1] - 1})"
+        )
+        sys.exit(f"error: {name} died with exit code {worker.exitcode}: go on from the last checkpoint with --resume")
 
 
-# ------------------------------------------------------------------------------------------------------ ranks
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+# --------------------------------------------------------------------------------------------- halves and ranks
+
+
+class Halves:
+    """The games of this rank as two vectors, so that the emulators of one run while the policy computes for the other.
+
+    They are one vector if one process runs them, or if they cannot be halved.
+    """
+
+    def __init__(self, args: Args):
+        self.halves = [AtariVector(half) for half in halve(args)]
+        self.num_actions = self.halves[0].num_actions
+        for i, half in enumerate(self.halves):
+            half.columns = slice(i * half.num_envs, (i + 1) * half.num_envs)  # its part of a rollout
+
+    def reset(self, seed: int, first: int) -> None:
+        """Starts a new game everywhere; ``first`` is the number of the first environment among those of all ranks."""
+        for half in self.halves:
+            half.reset(seed, first + half.columns.start)
+
+    def state_dict(self) -> list[dict]:
+        return [state for half in self.halves for state in half.state_dict()]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for half in self.halves:
+            half.load_state_dict(states[half.columns])
+
+    def close(self) -> None:
+        for half in self.halves:
+            half.close()
+
+
+def halve(args: Args) -> list[Args]:
+    """The flags of two halves of the games, or of all together where they cannot be halved."""
+    if args.num_workers < 2 or args.num_envs % 2:
+        return [args]
+    num_envs = args.num_envs // 2
+    workers = args.num_workers // 2
+    smaller = replace(args, num_envs=num_envs, num_workers=workers)
+    return [smaller, replace(smaller, num_workers=args.num_workers - workers)]
 
 
 def own_share(args: Args) -> Args:
     """The flags of this rank: its share of the games and of the processes that run them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_envs = args.num_envs // WORLD_SIZE
-    default = min(cores // LOCAL_WORLD_SIZE, num_envs)
-    num_workers = default if args.num_workers is None else args.num_workers // WORLD_SIZE
+    num_workers = min(count_cores() // LOCAL_WORLD_SIZE, num_envs)
+    if args.num_workers is not None:
+        num_workers = args.num_workers // WORLD_SIZE
     return replace(args, num_envs=num_envs, num_workers=num_workers)
-
-
-def halve(share: Args) -> list[Args]:
-    """The flags of two halves of the games, or of all together where one process runs them or they cannot be halved."""
-    if share.num_workers < 2 or share.num_envs % 2:
-        return [share]
-    return [replace(share, num_envs=share.num_envs // 2, num_workers=(share.num_workers + i) // 2) for i in range(2)]
 
 
 def join_ranks(device: torch.device) -> None:
     """Waits for all ranks; after this they can work together."""
+    if WORLD_SIZE == 1:
+        return
     store, _, _ = next(dist.rendezvous("env://"))
     # On one machine, torchrun can start its ranks anew with the store of those before, whose addresses are still there.
     attempt = RESTARTS if LOCAL_WORLD_SIZE == WORLD_SIZE else 0
@@ -849,424 +1035,47 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def agree_on_weights(agent: Agent) -> None:
+    """All ranks begin with the weights of rank 0."""
+    if WORLD_SIZE > 1:
+        for parameter in agent.network.parameters():
+            together(dist.broadcast, parameter.data, 0)
+
+
+@torch.no_grad()
+def average_gradients(network: nn.Module) -> None:
+    """Gradients become their means over all ranks, in one all-reduce."""
+    if WORLD_SIZE > 1:
+        gradients = [parameter.grad for parameter in network.parameters()]
+        flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
+        means = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def average_metrics(metrics: Means) -> None:
+    """Metrics become their means over all ranks."""
+    for sums in metrics.sums.values():
+        average(sums)
+
+
 # a folder that each torchrun has of its own, the same for all of its restarts
 LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[0]
 
 
 def resume_after_restart() -> None:
     """If torchrun has started the ranks anew, adds --resume with the last checkpoint of this launch to the flags."""
-    if RESTARTS == 0 or (args := parse_args()).resume:
+    if RESTARTS == 0:
+        return
+    args = parse_args()
+    if args.resume:
         return
     runs = Path(args.run_dir).glob(f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
-        if LAUNCH in [rank["launch"] for rank in load(path, part="ranks")["ranks"]]:
+        launches = [rank["launch"] for rank in load(path, resume=True)["ranks"]]
+        if LAUNCH in launches:
             sys.argv += ["--resume", str(path)]
             return
-
-
-# ---------------------------------------------------------------------------------------------------- network
-
-BLOCK = 4  # height and width of a block of pixels, the stride of the first convolution
-
-
-def as_blocks(observations: torch.Tensor) -> torch.Tensor:
-    """Observations uint8 [batch, 4, 84, 84] with the 16 pixels of each block as channels: [batch, 64, 21, 21].
-
-    A convolution of 8x8 with stride 4 is one of 2x2 on blocks, and faster on 64 channels than on 4. This is what
-    ``pixel_unshuffle`` does, but channels_last and in a fraction of its time: the 4 pixels of a row move as one int32.
-    """
-    rows = observations.view(torch.int32).unflatten(2, (-1, BLOCK))  # batch, frame, y, pixel y, x
-    return rows.permute(0, 2, 4, 1, 3).flatten(3).view(torch.uint8).movedim(-1, 1)
-
-
-class ActorCritic(nn.Module):
-    """The network of Mnih et al. 2015 with two heads: blocks uint8 [batch, 64, 21, 21] to logits and values.
-
-    The logits are those of the policy, float32 [batch, actions], the values float32 [batch]. ``dtype`` is the precision
-    in which all but the heads compute; the weights stay float32.
-    """
-
-    def __init__(self, num_actions: int, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.dtype = dtype
-        self.first = nn.Conv2d(STACK * BLOCK**2, 32, 2)  # 8x8 with stride 4 in pixels
-        self.convolutions = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(), nn.Conv2d(64, 64, 3, stride=1), nn.ReLU()
-        )
-        self.hidden = nn.Sequential(nn.Linear(7 * 7 * 64, 512), nn.ReLU())
-        self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
-        gains = {self.actor: 0.01, self.critic: 1.0}  # a policy that is almost uniform at the start
-        for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
-                nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast(blocks.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            # the weights are divided instead of the pixels: these are exact in bfloat16 as they are, and many more
-            maps = nn.functional.conv2d(blocks.to(self.dtype), self.first.weight / 255, self.first.bias)
-            features = self.hidden(self.convolutions(maps).movedim(1, -1).flatten(1))  # channels last: not copied
-        return self.actor(features.float()), self.critic(features.float()).squeeze(1)
-
-
-# ---------------------------------------------------------------------------------------------------- rollout
-
-
-def free_memory(device: torch.device, root: str = "/") -> float:
-    """Bytes that a replay or rollout may take on ``device``.
-
-    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
-    cgroups = Path(root, "proc/self/cgroup")
-    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
-        for level in (folder, *folder.parents):
-            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
-                text = file.read_text().strip() if file.is_file() else "max"
-                limits += [int(text)] if text.isdigit() else []
-    return min(limits) - 1e9  # 1 GB for the program and the games
-
-
-def check_memory(flag: str, needed: float, device: torch.device) -> None:
-    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
-    free = max(free_memory(device), 0)
-    if needed > free:
-        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
-
-
-class Minibatch(NamedTuple):
-    blocks: torch.Tensor  # uint8 [size, 64, 21, 21]
-    actions: torch.Tensor  # int64 [size]
-    logprobs: torch.Tensor  # float32 [size], of the actions under the policy that drew them
-    values: torch.Tensor  # float32 [size], as they were estimated then
-    returns: torch.Tensor  # float32 [size], what the values are to be
-
-
-class Rollout:
-    """An iteration's steps on ``device``: row t of each array is step t of all environments.
-
-    ``blocks`` and ``values`` have one row more, for the state that the next iteration starts from. The blocks of the
-    observations are channels_last in memory, as the first convolution wants them: not reordered in every epoch.
-    """
-
-    def __init__(self, num_steps: int, num_envs: int, gamma: float, gae_lambda: float, device: torch.device):
-        check_memory(f"--num-steps {num_steps}", num_steps * num_envs * STACK * SIZE**2, device)
-        self.gamma, self.gae_lambda = gamma, gae_lambda
-        shape, longer = (num_steps, num_envs), (num_steps + 1, num_envs)
-        height, channels = SIZE // BLOCK, STACK * BLOCK**2
-        self.blocks = torch.zeros(*longer, height, height, channels, dtype=torch.uint8, device=device).movedim(-1, 2)
-        self.values = torch.zeros(longer, device=device)
-        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprobs, self.advantages, self.returns = (torch.zeros(shape, device=device) for _ in range(3))
-        # these come from the emulators, and stay in main memory until the iteration ends
-        self.rewards, self.ends = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-
-    def columns(self, first: int, last: int) -> "Rollout":
-        """The part of the environments ``first`` to ``last`` - 1, in the same memory."""
-        part = copy.copy(self)
-        part.apply(lambda array: array[:, first:last])
-        return part
-
-    def apply(self, function) -> None:
-        """Replaces every array by what ``function`` makes of it."""
-        for name, array in vars(self).items():
-            if isinstance(array, torch.Tensor):
-                setattr(self, name, function(array))
-
-    def estimate_advantages(self, rewards: torch.Tensor, ends: torch.Tensor) -> None:
-        """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
-
-        ``rewards`` are float32 and ``ends`` bool, [num_steps, num_envs]; an end is a step after which nothing more is
-        to be had. The reward of a step that was truncated includes the discounted value of the state it led to.
-        """
-        discounts = self.gamma * ~ends
-        deltas = rewards + discounts * self.values[1:] - self.values[:-1]
-        advantages = torch.zeros_like(deltas[0])
-        for step in reversed(range(len(deltas))):
-            advantages = deltas[step] + self.gae_lambda * discounts[step] * advantages
-            self.advantages[step] = advantages
-        torch.add(self.advantages, self.values[:-1], out=self.returns)
-
-    def minibatch(self, indices: torch.Tensor) -> Minibatch:
-        """The steps with the numbers ``indices`` (int64 [size]), counted row by row."""
-        arrays = (self.blocks[:-1].movedim(2, -1), self.actions, self.logprobs, self.values[:-1], self.returns)
-        blocks, *others = (array.flatten(0, 1).index_select(0, indices) for array in arrays)
-        return Minibatch(blocks.movedim(-1, 1), *others)
-
-
-def deviations(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, size] less their means, which are taken over the rows of all ranks, as are all statistics."""
-    return rows - average(rows.mean(1, keepdim=True))
-
-
-def normalize(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, size] with mean 0 and standard deviation 1 each."""
-    rows, count = deviations(rows), rows.shape[1] * WORLD_SIZE
-    variances = average(rows.square().mean(1, keepdim=True)) * count / (count - 1)
-    return rows / (variances.sqrt() + 1e-8)
-
-
-def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """The share of the returns' variance that the values foresaw: 1 for perfect ones, 0 for the best constant."""
-    rows = deviations(torch.stack([returns.flatten(), (returns - values).flatten()]))
-    variance, unexplained = average(rows.square().mean(1)).tolist()
-    return 1 - unexplained / variance if variance else math.nan
-
-
-# ---------------------------------------------------------------------------------------------------- learner
-
-
-class Agent:
-    """Network and optimizer. On CUDA, acting and both halves of an update are captured as graphs."""
-
-    def __init__(self, args: Args, num_actions: int, device: torch.device):
-        self.args = args
-        self.precision = find_precision(args.precision, device)
-        dtype = getattr(torch, self.precision)
-        self.network = ActorCritic(num_actions, dtype).to(device)
-        self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a graph would keep a number as it is
-        options = {"fused": True, "capturable": device.type == "cuda"} if device.type != "mps" else {}
-        self.optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate, eps=1e-5, **options)
-        self.metrics = torch.zeros(len(METRICS), device=device)  # of the last minibatch
-        self.losses = torch.zeros(len(METRICS) + 1, device=device)  # sums of the metrics since the last log, count
-
-    @torch.no_grad()
-    def act(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Actions drawn from the policy, int64, their log probabilities and the values, float32, all [num_envs]."""
-        logits, values = self.network(blocks)
-        log_policy = logits.log_softmax(1)
-        gumbel = -torch.empty_like(logits).exponential_().log()
-        actions = (log_policy + gumbel).argmax(1)
-        return actions, log_policy.gather(1, actions[:, None]).squeeze(1), values
-
-    @torch.no_grad()
-    def value(self, blocks: torch.Tensor) -> torch.Tensor:
-        """Values, float32 [num_envs]."""
-        return self.network(blocks)[1]
-
-    @torch.no_grad()
-    def think(self, observation: torch.Tensor, rng: np.random.Generator) -> tuple[tuple[np.ndarray, float], int]:
-        """What the overlay shows of one observation and an action drawn from the policy.
-
-        That is the probability of each action, float32 [actions], and the value.
-        """
-        logits, value = self.network(as_blocks(observation[None]))
-        log_policy = logits[0].log_softmax(0).cpu().numpy()
-        action = int((log_policy + rng.gumbel(size=len(log_policy))).argmax())
-        return (np.exp(log_policy), value.item()), action
-
-    def compute_gradients(self, blocks, actions, logprobs, values, returns, advantages) -> None:
-        """Gradients of the loss (Schulman et al. 2017, eq. 7 and 9) of a ``Minibatch`` and its advantages [size]."""
-        args = self.args
-        logits, new_values = self.network(blocks)
-        log_policy = logits.log_softmax(1)
-        log_ratio = log_policy.gather(1, actions[:, None]).squeeze(1) - logprobs
-        ratio = log_ratio.exp()
-        clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        policy_loss = -torch.min(advantages * ratio, advantages * clipped_ratio).mean()
-        entropy = -(log_policy.exp() * log_policy).sum(1).mean()
-        value_errors = (new_values - returns).square()
-        if args.clip_vloss:
-            clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
-            value_errors = torch.max(value_errors, (clipped_values - returns).square())
-        value_loss = 0.5 * value_errors.mean()
-        loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            approx_kl = (ratio - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
-            clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-            metrics = (policy_loss, value_loss, entropy, -log_ratio.mean(), approx_kl, clipfrac)
-            torch.stack(metrics, out=self.metrics)
-
-    @torch.no_grad()
-    def average_gradients(self) -> None:
-        """Gradients and metrics become their means over all ranks, in one all-reduce."""
-        if WORLD_SIZE > 1:
-            tensors = [*(parameter.grad for parameter in self.network.parameters()), self.metrics]
-            flat = average(torch.cat([tensor.flatten() for tensor in tensors]))
-            for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-                tensor.copy_(mean.view_as(tensor))
-
-    def apply_gradients(self) -> None:
-        """Adam's step along the gradients."""
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        self.losses[:-1] += self.metrics
-        self.losses[-1] += 1
-
-    def mean_losses(self) -> dict[str, float]:
-        """Means since ``losses`` was last set to zero; ends the program if the loss is not finite."""
-        *sums, count = self.losses.tolist()
-        if not math.isfinite(loss := sums[0] + sums[1]):
-            sys.exit(f"error: the loss became {loss}: go on from the last checkpoint with a lower --learning-rate")
-        return {f"losses/{name}": total / count for name, total in zip(METRICS, sums)} if count else {}
-
-    def state_dict(self) -> dict:
-        parts = ("network", "optimizer")
-        return {name: getattr(self, name).state_dict() for name in parts} | {"losses": self.losses}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.network.load_state_dict(state["network"])
-        load_moments(self.optimizer, state["optimizer"])
-        fill(self.losses, state["losses"])
-
-
-def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
-    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
-    if isinstance(ours, dict):
-        if set(ours) != set(saved):
-            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
-        for name, tensor in ours.items():
-            fill(tensor, saved[name])
-    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
-        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
-    else:
-        ours.copy_(saved)
-
-
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
-    if saved["state"] and not optimizer.state:
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
-        optimizer.zero_grad()
-    fill(optimizer.state_dict()["state"], saved["state"])
-
-
-class CudaGraph:
-    """Calls ``function`` three times as it is, then captures it and replays it as one CUDA graph.
-
-    Capture needs those calls to warm up cuDNN and the optimizer; they count like any other. Inputs are copied into
-    fixed tensors; each call overwrites the outputs of the one before.
-    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    """
-
-    def __init__(self, function):
-        self.function, self.graph, self.calls = function, None, 0
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor):
-        if self.calls < 3:
-            self.calls += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.graph is None:
-            self.inputs = [x.clone() for x in inputs]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
-        for fixed, x in zip(self.inputs, inputs):
-            fixed.copy_(x, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
-
-
-def share_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of ``tensor`` in memory that this process shares with those which it forks from now on."""
-    memory = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype)
-    return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-
-
-def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of ``array`` on the device; on CUDA it is made without waiting."""
-    tensor = torch.as_tensor(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone().to(device)
-
-
-# ---------------------------------------------------------------------------------------------------- players
-
-
-class Player(EnvSlice):
-    """Plays the environments ``first`` to ``last`` - 1 of this rank with the policy, into their columns of the rollout.
-
-    They are those of ``vectors``: while the emulators of one run, the policy computes for another. Without vectors they
-    run in this process.
-    """
-
-    def __init__(self, agent, rollout, vectors: list[AtariVector] | None, args: Args, first: int, last: int, _):
-        self.rollout = rollout.columns(first, last)
-        self.device = rollout.values.device
-        vectors = vectors or [AtariVector(replace(args, num_envs=last - first, num_workers=0))]
-        size = vectors[0].num_envs
-        self.halves = [(envs, slice(i * size, (i + 1) * size)) for i, envs in enumerate(vectors)]
-        first_of_all = RANK * args.num_envs + first
-        torch.manual_seed(derive_seed(args.seed, first_of_all))  # every player draws its own actions
-        graph = CudaGraph if self.device.type == "cuda" else lambda function: function
-        self.act, self.value = graph(agent.act), graph(agent.value)
-        # inside another autocast a weight is cast once, not at every step; a graph would go on with the first cast
-        self.casts_kept = torch.autocast("cpu", enabled=False) if self.device.type == "cpu" else nullcontext()
-
-    def reset(self, seeds: list[tuple[int, int]]) -> None:
-        for envs, columns in self.halves:
-            self.observe(-1, columns, envs.reset(*seeds[columns.start]))
-
-    def observe(self, step: int, columns: slice, observations: np.ndarray) -> None:
-        self.rollout.blocks[step, columns] = as_blocks(upload(observations, self.device))
-
-    def play(self, _) -> list[dict]:
-        """Plays an iteration; returns the games that ended, each with the number of its last step, from 1 on."""
-        rollout, num_steps, games = self.rollout, len(self.rollout.actions), []
-        rewards, ends = rollout.rewards.numpy(), rollout.ends.numpy()
-        rollout.blocks[0] = rollout.blocks[-1]
-        with self.casts_kept:
-            for step in range(num_steps + 1):
-                for envs, columns in self.halves:
-                    if step > 0:
-                        observations, rewards[step - 1, columns], terminated, truncated, ended = envs.recv()
-                        self.observe(step, columns, observations)
-                        ends[step - 1, columns] = terminated | truncated
-                        cut_off = truncated & ~terminated
-                        if cut_off.any():  # its last state's value stands for the rewards that the game still had
-                            final_blocks = as_blocks(upload(envs.arrays["final_observations"], self.device))
-                            final_values = self.value(final_blocks).cpu().numpy()
-                            rewards[step - 1, columns] += rollout.gamma * final_values * cut_off
-                        games += [game | {"step": step} for game in ended]
-                    if step < num_steps:
-                        actions, logprobs, values = self.act(rollout.blocks[step, columns])
-                        envs.send(actions.cpu().numpy())
-                        rollout.actions[step, columns], rollout.logprobs[step, columns] = actions, logprobs
-                        rollout.values[step, columns] = values
-                    else:
-                        rollout.values[step, columns] = self.value(rollout.blocks[step, columns])
-        return games
-
-    def state_dict(self, _) -> list[dict]:
-        states = sum((envs.state_dict() for envs, _ in self.halves), [])
-        states[0]["policy_random"] = torch.get_rng_state().numpy().tobytes()
-        return states
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for envs, columns in self.halves:
-            self.observe(-1, columns, envs.load_state_dict(states[columns]))
-        if "policy_random" in states[0]:  # otherwise the games were divided among other players
-            torch.set_rng_state(torch.frombuffer(bytearray(states[0]["policy_random"]), dtype=torch.uint8))
-
-    def close(self) -> None:
-        for envs, _ in self.halves:
-            envs.close()
-
-
-class Players(AtariVector):
-    """The players of this rank: one in each of ``num_workers`` processes, which see every update, or one in this."""
-
-    def __init__(self, args: Args, agent: Agent, rollout: Rollout, vectors: list[AtariVector] | None):
-        self.make_slice = partial(Player, agent, rollout, vectors)
-        super().__init__(args)
-
-    def play(self) -> list[dict]:
-        """Plays an iteration into the rollout; returns the games that ended, in their order in time."""
-        self._send("play", [None] * self.num_envs)
-        return sorted(self._recv(), key=lambda game: game["step"])
 
 
 # -------------------------------------------------------------------------------------- overlay and recorder
@@ -1316,7 +1125,7 @@ def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
 class Overlay(gym.Wrapper):
     """Draws the game beside what the network thinks of it, 960x630, RGB.
 
-    Call ``think`` with the values of the state before each ``step``; ``render`` then returns the picture of that
+    Call ``note`` with the values of the state before each ``step``; ``render`` then returns the picture of that
     state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, which
     nobody thought about. Drawing is left to ``render``: steps that are not recorded cost nothing.
     """
@@ -1348,7 +1157,7 @@ class Overlay(gym.Wrapper):
         observation, reward, terminated, self.truncated, info = self.env.step(action)
         return observation, reward, terminated, self.truncated, info
 
-    def think(self, thoughts: tuple[np.ndarray, float], action: int) -> None:
+    def note(self, thoughts: tuple[np.ndarray, float], action: int) -> None:
         """Notes the probability of each action in the current state, its value and the action about to be taken."""
         self.probabilities, value = thoughts
         self.action = action
@@ -1469,12 +1278,10 @@ class Recorder:
         self.path = path
         self.length = length  # most pictures
         self.count = 0  # pictures written
-        self.still = None  # one of the last of them
+        self.active = length > 0  # whether more pictures are wanted
+        self.failed = False
+        self.still = None  # one of the last pictures
         self.ffmpeg = None
-
-    @property
-    def active(self) -> bool:
-        return self.count < self.length
 
     def write(self, env: Overlay) -> None:
         """Adds one picture of ``env``, unless the video is closed, has failed or has its full length."""
@@ -1496,6 +1303,7 @@ class Recorder:
             if self.count % 100 == 0:
                 self.still = picture.copy()
             self.count += 1
+            self.active = self.count < self.length
 
     def start(self, picture: np.ndarray) -> None:
         from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
@@ -1516,7 +1324,7 @@ class Recorder:
 
     def close(self) -> None:
         """Ends the video; pictures that come later are left out."""
-        self.length = self.count
+        self.active = False
         if self.ffmpeg:
             _, complaint = self.ffmpeg.communicate()
             if self.ffmpeg.returncode:
@@ -1526,202 +1334,60 @@ class Recorder:
 
     def fail(self, reason) -> None:
         say(f"warning: no video {self.path}: {reason}", file=sys.stderr)
-        self.length = self.count = 0
+        self.active = False
+        self.failed = True
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-# never taken from a file, which may be a stranger's: paths, addresses and accounts
-LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder of a run and returns its path; starts in the same second get different names."""
-    start_time = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
-    path = Path(args.run_dir) / name
-    number = 1
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            number += 1
-            path = path.with_name(f"{name}-{number}")
-        except OSError as error:
-            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
+    """Plays whole games, records the first, prints and logs the results.
 
-
-def lock(run_dir: Path) -> int:
-    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
-
-    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
-    and would keep the lock of a main process that died.
+    All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
+    ends it early, without results.
     """
-    if fcntl is None:
-        return os.open(os.devnull, os.O_RDONLY)
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
-    except OSError:  # a file system without locks
-        pass
-    for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
-        half_written.unlink()
-    return folder
+    game = Game(args)
+    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    rng = np.random.default_rng([args.seed, global_step])
+    video = run_dir / "videos" / f"{global_step:010d}.mp4"
+    recorder = Recorder(video, args.video_length if args.capture_video else 0)
+    game.recording = recorder.active
+    episodes = []
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    while len(episodes) < args.eval_episodes and not stopped():
+        thoughts, action = agent.think(upload(observation, agent.device), rng)
+        if rng.random() < args.eval_epsilon:
+            action = int(rng.integers(env.action_space.n))
+        env.note(thoughts, action)
+        recorder.write(env)
+        observation, _, terminated, truncated, info = env.step(action)
+        if info:  # the end of the game is the last picture
+            recorder.write(env)
+            recorder.close()
+            episodes.append(info["episode"])
+        game.recording = recorder.active
+        if terminated or truncated:
+            observation, _ = env.reset()
+    recorder.close()
+    if len(episodes) < args.eval_episodes:
+        return
+    returns = [episode["r"] for episode in episodes]
+    mean = float(np.mean(returns))
+    spread = float(np.std(returns))
+    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
+    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
+    if recorder.count and not recorder.failed:
+        tracker.log_video(video, recorder.still, global_step)
 
 
-def save(path: Path, contents: dict) -> bool:
-    """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-        with open(beside, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        return True
-    except (OSError, RuntimeError) as error:
-        disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
-        reason = disk_error or error
-        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
-        with suppress(OSError):
-            beside.unlink()
-        return False
+def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
+    """The charts of games that have ended, each the mean over them."""
+    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
+    return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
 
 
-def header(args: Args, global_step: int) -> dict:
-    """What every checkpoint and every model begins with."""
-    script = Path(__file__).name
-    flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
-    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
-
-
-def model(args: Args, agent: Agent, global_step: int) -> dict:
-    """What ``--evaluate`` needs."""
-    return header(args, global_step) | {"agent": {"network": agent.network.state_dict()}}
-
-
-def load(path: Path, part: str) -> dict:
-    """Opens a checkpoint or a model; ends the program if it is missing, of another algorithm or lacks ``part``.
-
-    Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
-    """
-    if not path.is_file():
-        sys.exit(f"error: there is no file {path}")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        algorithm = contents["algorithm"]
-    except Exception:
-        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
-    if algorithm != ALGORITHM:
-        sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if part not in contents:
-        sys.exit(f"error: {path} has no {part}: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
-    return contents
-
-
-def refuse(path: Path, error: Exception) -> NoReturn:
-    """Ends the program: what is in the file does not fit, as ``error`` says."""
-    reason = str(error).strip().split("\n")[-1].strip()
-    if isinstance(error, KeyError):
-        reason = f"it has no {reason}"
-    sys.exit(f"error: {path} does not fit this script, or is damaged: {reason}")
-
-
-def is_intact(path: Path) -> bool:
-    """Whether all that a checkpoint holds has the checksum that was written with it: torch does not look at them.
-
-    Takes 2 seconds a gigabyte.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:
-        return False
-
-
-def is_a(value, hint) -> bool:
-    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
-    kind = get_origin(hint)
-    if kind is Literal:
-        return value in get_args(hint)
-    if kind in (list, tuple):
-        return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
-    return isinstance(value, hint)
-
-
-def read_flags(path: Path, part: str) -> Args:
-    """The flags in a checkpoint or a model but for ``LOCAL_FLAGS``; ends the program if the file is damaged."""
-    contents = load(path, part)
-    if not is_intact(path):
-        sys.exit(f"error: {path} is damaged: use another one")
-    saved, types = Args(), get_type_hints(Args)
-    try:
-        step = contents["global_step"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"its global_step is {step!r}")
-        for name, value in contents["args"].items():
-            if name not in types or name in LOCAL_FLAGS:
-                continue
-            if not is_a(value, types[name]):
-                raise ValueError(f"its flag {name} is {value!r}")
-            setattr(saved, name, value)
-    except Exception as error:
-        refuse(path, error)
-    if saved.device.split(":")[0] not in ("auto", *device_types()):
-        say(f"this machine has no {saved.device}, where the run was: --device is auto")
-        saved.device = "auto"
-    return saved
-
-
-def random_state(device: torch.device) -> dict:
-    """The states of torch's random number generators, of the CPU and of a GPU."""
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda_state}
-
-
-def load_random_state(state: dict, device: torch.device) -> None:
-    """A run that moves between a CPU and a GPU goes on with the seed there."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def check_resume(args: Args, saved: Args, path: Path) -> None:
-    """Ends the program if a flag cannot change on ``--resume``, or if the run is finished."""
-    for name in FIXED_FLAGS:
-        if getattr(args, name) != getattr(saved, name):
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
-    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != path.resolve().parent.parent:
-        sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
-    contents = load(path, "agent")
-    step, model_path = contents["global_step"], path.parent / "model.pt"
-    if step > args.total_timesteps or (step == args.total_timesteps and model_path.exists()):
-        sys.exit(f"error: {path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}: raise it to go on,"
-                 f" or play the model with --evaluate {path.parent}")  # fmt: skip
-    if contents["script"] != Path(__file__).name:
-        say(f"warning: {path} was written by {contents['script']}, this is {Path(__file__).name}", file=sys.stderr)
-    for name in LOCAL_FLAGS:
-        before, now = contents["args"].get(name), getattr(args, name)
-        if name.startswith("wandb") and before != now:
-            say(f"note: --{name.replace('_', '-')} is {now}, it was {before}: no file decides where a run is logged")
-
-
-def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
-    """What is left of a run that was stopped."""
-    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
-        return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
-    if not (run_dir / "checkpoint.pt").is_file():
-        return f"stopped at step {global_step:,}; nothing could be saved"
-    if saved_step == global_step:
-        return f"stopped at step {global_step:,}; go on with: --resume {run_dir}"
-    return f"stopped at step {global_step:,}, which could not be saved; go on from an earlier one: --resume {run_dir}"
-
-
-# ------------------------------------------------------------------------------------- evaluation and logging
+# ------------------------------------------------------------------------------------------- Weights & Biases
 
 
 def slug(text: str) -> str:
@@ -1860,205 +1526,347 @@ class Tracker:
             say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
 
 
-def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
-    """The charts of games that have ended, each the mean over them."""
-    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
-    return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
+# ------------------------------------------------------------------------------------ devices and CUDA graphs
 
 
-def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
-    """Plays whole games, records the first, prints and logs the results.
-
-    All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
-    ends it early, without results.
-    """
-    game = Atari(args)
-    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
-    rng = np.random.default_rng([args.seed, global_step])
-    video = run_dir / "videos" / f"{global_step:010d}.mp4"
-    recorder = Recorder(video, args.video_length if args.capture_video else 0)
-    game.recording = recorder.active
-    episodes = []
-    observation, _ = env.reset(seed=int(rng.integers(2**31)))
-    while len(episodes) < args.eval_episodes and not stopped():
-        thoughts, action = agent.think(upload(observation, device), rng)
-        if rng.random() < args.eval_epsilon:
-            action = int(rng.integers(env.action_space.n))
-        env.think(thoughts, action)
-        recorder.write(env)
-        observation, _, terminated, truncated, info = env.step(action)
-        if info:  # the end of the game is the last picture
-            recorder.write(env)
-            recorder.close()
-            episodes.append(info["episode"])
-        game.recording = recorder.active
-        if terminated or truncated:
-            observation, _ = env.reset()
-    recorder.close()
-    if len(episodes) < args.eval_episodes:
-        return
-    returns = [episode["r"] for episode in episodes]
-    mean, spread = float(np.mean(returns)), float(np.std(returns))
-    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
-    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
-    if recorder.count:
-        tracker.log_video(video, recorder.still, global_step)
+def device_types() -> list[str]:
+    """The kinds of device that this machine has, the fastest first."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [accelerator.type, "cpu"] if accelerator else ["cpu"]
 
 
-# -------------------------------------------------------------------------------------------------- training
-
-
-def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
-    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it.
-
-    Every rank runs this with its share of the environments; what is logged, evaluated and saved is left to rank 0.
-    """
-    keep_freed_memory()
-    all_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    share = own_share(args)
-    # on a CPU the processes that run the games choose the actions too; elsewhere torch does not survive a fork
-    in_processes = device.type == "cpu" and sys.platform == "linux"
-    vectors = None if in_processes else [AtariVector(half) for half in halve(share)]
-    set_up_torch(replace(args, seed=args.seed + RANK), device)
-
-    agent = Agent(args, int(Atari(args).action_space.n), device)
-    rollout = Rollout(args.num_steps, share.num_envs, args.gamma, args.gae_lambda, device)
-    if in_processes:
-        rollout.apply(share_memory)
-        for parameter in agent.network.parameters():
-            parameter.data = share_memory(parameter.data)
-    players = Players(share if in_processes else replace(share, num_workers=0), agent, rollout, vectors)
-    folder = lock(run_dir) if RANK == 0 else None
-    if WORLD_SIZE > 1:
-        join_ranks(device)
-    global_step, saved_step, run_id = 0, None, None
-    if resume:
-        checkpoint = load(resume, part="ranks")  # not before the workers fork: they would keep its disk space
-        try:
-            own = checkpoint["ranks"][RANK]
-            global_step = saved_step = checkpoint["global_step"]
-            agent.load_state_dict(checkpoint["agent"])
-            players.load_state_dict(own["envs"])
-            load_random_state(own["random"], device)
-            if global_step % args.num_envs > 0:
-                raise ValueError(f"its global_step is {global_step} with {args.num_envs} games")
-            run_id = slug(checkpoint["wandb_run_id"]) if checkpoint["wandb_run_id"] else None
-            if checkpoint["precision"] != agent.precision and RANK == 0:
-                say(f"the precision is {agent.precision} here; it was {checkpoint['precision']}")
-        except Exception as error:
-            refuse(resume, error)
-        del checkpoint, own  # lets go of the file, so that the next checkpoint frees its space
-    else:
-        for parameter in agent.network.parameters() if WORLD_SIZE > 1 else ():
-            together(dist.broadcast, parameter.data, 0)
-        players.reset(args.seed, RANK * share.num_envs)
-
-    graph = CudaGraph if device.type == "cuda" else lambda function: function
-    estimate_advantages = graph(rollout.estimate_advantages)
-    compute_gradients = graph(lambda indices, x: agent.compute_gradients(*rollout.minibatch(indices), x))
-    apply_gradients = graph(agent.apply_gradients)
-
-    tracker = Tracker(args if RANK == 0 else replace(args, wandb_mode="disabled"), run_dir, run_id=run_id)
-    stop_signals = catch_signals()
-    exit_code = 1
-
-    def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` the last iteration has reached."""
-        before = global_step - args.num_steps * args.num_envs
-        return global_step // frequency - before // frequency if frequency else 0
-
-    def save_checkpoint() -> None:
-        nonlocal saved_step
-        agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        own = {"envs": players.state_dict(), "launch": LAUNCH, "random": random_state(device)}
-        ranks = gather(own)
-        if RANK == 0:
-            contents = header(args, global_step) | {"precision": agent.precision, "wandb_run_id": tracker.run_id}
-            contents |= {"agent": agent.state_dict(), "ranks": ranks}
-            if save(run_dir / "checkpoint.pt", contents):
-                saved_step = global_step
-
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=True if RANK else None)
-    returns, signals = deque(maxlen=20), []
-    clock, clock_step = time.perf_counter(), global_step
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` means; ends the program if this machine has none such."""
+    usable = device_types()
     try:
-        while global_step < args.total_timesteps and not signals:
-            # play
-            torch.set_num_threads(1)  # threads that wait for work spin, on cores that the emulators need
-            games = [game | {"global_step": global_step + game["step"] * args.num_envs} for game in players.play()]
-            global_step += args.num_steps * args.num_envs
+        device = torch.device(usable[0] if name == "auto" else name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
+    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
+        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
+    return device
 
-            # learn
-            torch.set_num_threads(all_threads)
-            estimate_advantages(upload(rollout.rewards, device), upload(rollout.ends, device))
-            remaining = 1 - (global_step - args.num_steps * args.num_envs) / args.total_timesteps
-            agent.learning_rate.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
-            for _ in range(args.update_epochs):
-                indices = torch.randperm(rollout.ends.numel(), device=device).view(args.num_minibatches, -1)
-                advantages = rollout.advantages.flatten()[indices]
-                for minibatch in zip(indices, normalize(advantages) if args.norm_adv else advantages):
-                    compute_gradients(*minibatch)
-                    agent.average_gradients()
-                    apply_gradients()
-                if args.target_kl and agent.metrics[METRICS.index("approx_kl")].item() > args.target_kl:
-                    break
 
-            # log
-            games = sorted(sum(gather(games), []), key=lambda game: game["global_step"])
-            returns.extend(game["r"] for game in games)
-            for step, group in groupby(games, key=lambda game: game["global_step"]):
-                tracker.log(episode_means("charts", list(group)), step)
-            if passed(LOG_FREQUENCY):
-                sps = (global_step - clock_step) / (time.perf_counter() - clock)
-                explained = {"losses/explained_variance": explained_variance(rollout.values[:-1], rollout.returns)}
-                charts = {"charts/SPS": sps, "charts/learning_rate": agent.learning_rate.item()}
-                tracker.log(charts | agent.mean_losses() | explained, global_step)
-                agent.losses.zero_()
-                bar.update(global_step - bar.n)
-                recent = f"{np.mean(returns):.1f}" if returns else "-"
-                bar.set_postfix_str(f"SPS {sps:.0f}, return {recent}")
-                clock, clock_step = time.perf_counter(), global_step
+def find_precision(name: str, device: torch.device) -> str:
+    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
+    if name == "auto":
+        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    return name
 
-            pause = time.perf_counter()
-            if passed(args.checkpoint_frequency):
-                save_checkpoint()
-            if passed(args.eval_frequency) and global_step < args.total_timesteps and RANK == 0:
-                evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
-            signals = sum(gather(stop_signals), [])  # all ranks stop when one is told to
-            clock += time.perf_counter() - pause
 
-        if gather(saved_step)[0] != global_step:
-            save_checkpoint()
-        if global_step >= args.total_timesteps and RANK == 0:
-            saved = save(run_dir / "model.pt", model(args, agent, global_step))
-            exit_code = 0 if saved else 1
-            if saved:
-                tracker.log_model(run_dir / "model.pt")
-            evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
-        exit_code = gather(exit_code)[0]  # also waits for rank 0
-        signals = sum(gather(stop_signals), [])
-        bar.close()
-        if signals:
-            exit_code = 128 + signals[0]
+def set_up_torch(args: Args, device: torch.device) -> None:
+    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
+
+
+def optimizer_options(device: torch.device) -> dict:
+    """What Adam needs to be fast on ``device`` and, on CUDA, to be a part of a graph."""
+    if device.type == "mps":
+        return {}
+    return {"fused": True, "capturable": device.type == "cuda"}
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def capture(function: Callable, device: torch.device) -> Callable:
+    """``function``, as one CUDA graph if the device is CUDA."""
+    return CudaGraph(function) if device.type == "cuda" else function
+
+
+class CudaGraph:
+    """Calls ``function`` three times as it is, then captures it and replays it as one CUDA graph.
+
+    Capture needs those calls to warm up cuDNN and the optimizer; they count like any other. Inputs are copied into
+    fixed tensors; each call overwrites the outputs of the one before.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.calls = function, None, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        if self.calls < 3:
+            self.calls += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for fixed, x in zip(self.inputs, inputs):
+            fixed.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``array`` on the device; on CUDA it is made without waiting."""
+    tensor = torch.as_tensor(array)
+    if device.type != "cuda":
+        return tensor.clone(memory_format=torch.contiguous_format).to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+class Means:
+    """Means of named numbers, summed on the device without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums = {}  # of each name a float32 [2]: the sum and the count since ``take``
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Adds the mean of each tensor."""
+        for name, values in metrics.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(2, device=self.device)
+            total, count = self.sums[name]
+            total += values.detach().float().mean()
+            count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means so far; ends the program if one is not finite."""
+        means = {}
+        for name, sums in self.sums.items():
+            total, count = sums.tolist()
+            if not math.isfinite(total):
+                sys.exit(f"error: {name} became {total}: go on from the last checkpoint with a lower --learning-rate")
+            if count:
+                means[name] = total / count
+        return means
+
+    def take(self) -> dict[str, float]:
+        """The means so far; the next ones begin anew."""
+        means = self.means()
+        for sums in self.sums.values():
+            sums.zero_()
+        return means
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.sums
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = {name: torch.zeros(2, device=self.device) for name in state}
+        fill(self.sums, state)
+
+
+def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
+    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
+    if isinstance(ours, dict):
+        if set(ours) != set(saved):
+            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
+        for name, tensor in ours.items():
+            fill(tensor, saved[name])
+    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
+        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
+    else:
+        ours.copy_(saved)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
+    fill(optimizer.state_dict()["state"], saved["state"])
+
+
+# ------------------------------------------------------------------------------------------ memory of a rollout
+
+
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that a replay or rollout may take on ``device``.
+
+    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
+    cgroups = Path(root, "proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
+        for level in (folder, *folder.parents):
+            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
+                text = file.read_text().strip() if file.is_file() else "max"
+                limits += [int(text)] if text.isdigit() else []
+    return min(limits) - 1e9  # 1 GB for the program and the games
+
+
+def check_memory(flag: str, needed: float, device: torch.device) -> None:
+    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
+    free = max(free_memory(device), 0)
+    if needed > free:
+        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
+
+
+# -------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """What surrounds the training loop: W&B, checkpoints, evaluations, signals and the progress bar.
+
+    A checkpoint holds the agent and, of every rank, random states and ``parts``: by name, what has ``state_dict`` and
+    ``load_state_dict``. Ranks other than 0 log, save and evaluate nothing.
+    """
+
+    def __init__(self, args: Args, run_dir: Path, agent: Agent, parts: dict):
+        self.args = args
+        self.run_dir = run_dir
+        self.agent = agent
+        self.parts = parts
+        self.saved_step = None  # of the last checkpoint
+        self.returns = deque(maxlen=20)  # of the last games
+        self.exit_code = 1
+
+    def start(self, resume: Path | None) -> int:
+        """Begins anew or goes on from the checkpoint ``resume``; returns the step that it was written at."""
+        self.folder = lock(self.run_dir) if RANK == 0 else None
+        global_step = 0
+        run_id = None
+        if resume:
+            global_step, run_id = self.load_checkpoint(resume)
+            self.saved_step = global_step
+        quiet = replace(self.args, wandb_mode="disabled")
+        self.tracker = Tracker(quiet if RANK else self.args, self.run_dir, run_id=run_id)
+        self.stop_signals = catch_signals()  # of this rank
+        self.stopped = False  # whether any rank has one
+        hidden = True if RANK else None
+        self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=hidden)
+        self.clock = time.perf_counter()
+        self.clock_step = global_step
+        return global_step
+
+    def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
+        """Loads all parts; returns the step and W&B's name of the run."""
+        contents = load(path, resume=True)  # not before the workers fork: they would keep its disk space
+        try:
+            global_step = contents["global_step"]
+            run_id = contents["wandb_run_id"]
+            self.agent.load_state_dict(contents["agent"])
+            own = contents["ranks"][RANK]
+            for name, part in self.parts.items():
+                part.load_state_dict(own[name])
+            load_random_state(own["random"], self.agent.device)
+            if global_step % self.args.num_envs:
+                raise ValueError(f"its global_step is {global_step} with {self.args.num_envs} games")
+            if contents["precision"] != self.agent.precision and RANK == 0:
+                say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
+        except Exception as error:
+            refuse(path, error)
+        return global_step, slug(run_id) if run_id else None
+
+    def save_checkpoint(self, global_step: int) -> None:
+        with self.uncounted():
+            average_metrics(self.agent.metrics)
+            self.agent.metrics.means()  # ends the run if one is not finite, before the last good checkpoint is replaced
+            own = {name: part.state_dict() for name, part in self.parts.items()}
+            own["random"] = random_state(self.agent.device)
+            own["launch"] = LAUNCH
+            ranks = gather(own)
             if RANK == 0:
-                say(how_to_go_on(args, run_dir, global_step, saved_step))
-    finally:
-        bar.close()
-        players.close()
+                contents = header(self.args, global_step)
+                contents["precision"] = self.agent.precision
+                contents["wandb_run_id"] = self.tracker.run_id
+                contents["agent"] = self.agent.state_dict()
+                contents["ranks"] = ranks
+                if save(self.run_dir / "checkpoint.pt", contents):
+                    self.saved_step = global_step
+
+    def evaluate(self, global_step: int) -> None:
         if RANK == 0:
-            os.close(folder)
-        tracker.finish(exit_code, stopped=lambda: stop_signals)
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    return exit_code
+            with self.uncounted():
+                evaluate(self.args, self.agent, global_step, self.run_dir, self.tracker, lambda: self.stop_signals)
+
+    @contextmanager
+    def uncounted(self):
+        """The time of what runs inside is no part of SPS."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def log_games(self, games: list[dict], global_step: int) -> None:
+        """Logs the games that have ended in an iteration, of all ranks, each at its ``global_step``."""
+        games = [game for games_of_rank in gather(games) for game in games_of_rank]
+        games.sort(key=lambda game: game["global_step"])
+        self.returns.extend(game["r"] for game in games)
+        for step, ended_together in groupby(games, key=lambda game: game["global_step"]):
+            self.tracker.log(episode_means("charts", list(ended_together)), step)
+
+    def log(self, charts: dict[str, float], global_step: int) -> None:
+        """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
+        now = time.perf_counter()
+        charts = {"charts/SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        losses = {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
+        self.tracker.log(charts | losses, global_step)
+        shown = {name.split("/")[1]: value for name, value in charts.items()}
+        shown["return"] = np.mean(self.returns) if self.returns else math.nan
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        self.clock = now
+        self.clock_step = global_step
+
+    def hear_all_ranks(self) -> None:
+        """All ranks stop when one is told to."""
+        self.stopped = any(gather(self.stop_signals))
+
+    def finish(self, global_step: int) -> None:
+        """Saves what the run has come to and, after its last step, the model, and plays the last evaluation."""
+        if gather(self.saved_step)[0] != global_step:
+            self.save_checkpoint(global_step)
+        if global_step >= self.args.total_timesteps and RANK == 0:
+            path = self.run_dir / "model.pt"
+            if save(path, model(self.args, self.agent, global_step)):
+                self.tracker.log_model(path)
+                self.exit_code = 0
+            self.evaluate(global_step)
+        self.exit_code = gather(self.exit_code)[0]  # also waits for rank 0
+        signals = [number for numbers in gather(self.stop_signals) for number in numbers]
+        if signals:
+            self.bar.close()
+            self.exit_code = 128 + signals[0]
+            if RANK == 0:
+                say(how_to_go_on(self.args, self.run_dir, global_step, self.saved_step))
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        self.parts["envs"].close()
+        if RANK == 0:
+            os.close(self.folder)
+        self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
+        if WORLD_SIZE > 1 and error[0] is None:
+            dist.destroy_process_group()
+
+
+def multiples(frequency: int, before: int, now: int) -> int:
+    """How many multiples of ``frequency`` lie after ``before`` and up to ``now``; 0 has none."""
+    return now // frequency - before // frequency if frequency else 0
 
 
 def play(args: Args, device: torch.device, path: Path) -> int:
     """Plays and records a saved model; returns the exit code."""
-    contents = load(path, "agent")
+    contents = load(path)
     set_up_torch(args, device)
-    agent = Agent(args, int(Atari(args).action_space.n), device)
+    agent = Agent(args, int(Game(args).action_space.n), device)
     try:
         agent.network.load_state_dict(contents["agent"]["network"])
     except Exception as error:
@@ -2067,10 +1875,412 @@ def play(args: Args, device: torch.device, path: Path) -> int:
     say(f"{args.env_id} on {device}, {agent.precision}: {run_dir}")
     tracker = Tracker(args, run_dir, job_type="eval")
     stop_signals = catch_signals()
-    evaluate(args, agent, device, contents["global_step"], run_dir, tracker, stopped=lambda: stop_signals)
+    evaluate(args, agent, contents["global_step"], run_dir, tracker, stopped=lambda: stop_signals)
     exit_code = 128 + stop_signals[0] if stop_signals else 0
     tracker.finish(exit_code, stopped=lambda: stop_signals)
     return exit_code
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+# never taken from a file, which may be a stranger's: paths, addresses and accounts
+LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
+
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the folder of a run and returns its path; starts in the same second get different names."""
+    start_time = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
+    path = Path(args.run_dir) / name
+    number = 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{name}-{number}")
+        except OSError as error:
+            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+
+
+def lock(run_dir: Path) -> int:
+    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
+
+    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
+    and would keep the lock of a main process that died.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
+    for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
+        half_written.unlink()
+    return folder
+
+
+def save(path: Path, contents: dict) -> bool:
+    """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with open(beside, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        return True
+    except (OSError, RuntimeError) as error:
+        disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
+        reason = disk_error or error
+        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
+        with suppress(OSError):
+            beside.unlink()
+        return False
+
+
+def header(args: Args, global_step: int) -> dict:
+    """What every checkpoint and every model begins with."""
+    script = Path(__file__).name
+    flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
+    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
+
+
+def model(args: Args, agent: Agent, global_step: int) -> dict:
+    """What ``--evaluate`` needs."""
+    return header(args, global_step) | {"agent": {"network": agent.network.state_dict()}}
+
+
+def load(path: Path, resume: bool = False) -> dict:
+    """Opens a checkpoint or a model; ends the program if it is missing, of another algorithm or no use to ``resume``.
+
+    Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
+    """
+    if not path.is_file():
+        sys.exit(f"error: there is no file {path}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        algorithm = contents["algorithm"]
+    except Exception:
+        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
+    if algorithm != ALGORITHM:
+        sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
+    if resume and "wandb_run_id" not in contents:
+        sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
+    return contents
+
+
+def refuse(path: Path, error: Exception) -> NoReturn:
+    """Ends the program: what is in the file does not fit, as ``error`` says."""
+    reason = str(error).strip().split("\n")[-1].strip()
+    if isinstance(error, KeyError):
+        reason = f"it has no {reason}"
+    sys.exit(f"error: {path} does not fit this script, or is damaged: {reason}")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether all that a checkpoint holds has the checksum that was written with it: torch does not look at them.
+
+    Takes 2 seconds a gigabyte.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:
+        return False
+
+
+def is_a(value, hint) -> bool:
+    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
+    kind = get_origin(hint)
+    if kind is Literal:
+        return value in get_args(hint)
+    if kind in (list, tuple):
+        return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
+    return isinstance(value, hint)
+
+
+def read_flags(path: Path, resume: bool) -> Args:
+    """The flags in a checkpoint or a model but for ``LOCAL_FLAGS``; ends the program if the file is damaged."""
+    contents = load(path, resume)
+    if not is_intact(path):
+        sys.exit(f"error: {path} is damaged: use another one")
+    saved = Args()
+    types = get_type_hints(Args)
+    try:
+        step = contents["global_step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"its global_step is {step!r}")
+        for name, value in contents["args"].items():
+            if name not in types or name in LOCAL_FLAGS:
+                continue
+            if not is_a(value, types[name]):
+                raise ValueError(f"its flag {name} is {value!r}")
+            setattr(saved, name, value)
+    except Exception as error:
+        refuse(path, error)
+    if saved.device.split(":")[0] not in ("auto", *device_types()):
+        say(f"this machine has no {saved.device}, where the run was: --device is auto")
+        saved.device = "auto"
+    return saved
+
+
+def random_state(device: torch.device) -> dict:
+    """The states of torch's random number generators, of the CPU and of a GPU."""
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda_state}
+
+
+def load_random_state(state: dict, device: torch.device) -> None:
+    """A run that moves between a CPU and a GPU goes on with the seed there."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def check_resume(args: Args, saved: Args, path: Path) -> None:
+    """Ends the program if a flag cannot change on ``--resume``, or if the run is finished."""
+    for name in FIXED_FLAGS:
+        before = getattr(saved, name)
+        if getattr(args, name) != before:
+            sys.exit(f"error: {flag(name)} cannot change on --resume: it was {before}")
+    run_dir = path.resolve().parent
+    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != run_dir.parent:
+        sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
+    contents = load(path, resume=True)
+    step = contents["global_step"]
+    is_finished = step == args.total_timesteps and (run_dir / "model.pt").exists()
+    if step > args.total_timesteps or is_finished:
+        reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
+        sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")
+    script = Path(__file__).name
+    if contents["script"] != script:
+        say(f"warning: {path} was written by {contents['script']}, this is {script}", file=sys.stderr)
+    for name in LOCAL_FLAGS:
+        before = contents["args"].get(name)
+        now = getattr(args, name)
+        if name.startswith("wandb") and before != now:
+            say(f"note: {flag(name)} is {now}, it was {before}: no file decides where a run is logged")
+
+
+def check_ranks(path: Path) -> None:
+    """Ends the program unless the checkpoint is of as many ranks as there are."""
+    ranks = len(load(path, resume=True)["ranks"])
+    if ranks != WORLD_SIZE:
+        advice = "start as many, with torchrun --nproc-per-node"
+        sys.exit(f"error: {path} is of {ranks} ranks, here are {WORLD_SIZE}: {advice}")
+
+
+def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
+    """What is left of a run that was stopped."""
+    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
+        return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
+    if not (run_dir / "checkpoint.pt").is_file():
+        return f"stopped at step {global_step:,}; nothing could be saved"
+    if saved_step == global_step:
+        return f"stopped at step {global_step:,}; go on with: --resume {run_dir}"
+    return f"stopped at step {global_step:,}, which could not be saved; go on from an earlier one: --resume {run_dir}"
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def flag(name: str) -> str:
+    """'--num-envs' for 'num_envs'."""
+    return "--" + name.replace("_", "-")
+
+
+def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
+
+    def read(words: list[str]) -> int:
+        value = float(words[0])
+        if not value.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(value)
+
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [f"{value:_}"],
+    )
+
+
+def plain_switch(word: str) -> str:
+    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
+    flag, _, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
+        return word
+    return flag if value.lower() == "true" else f"--no-{name}"
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """The flags of the command line; those that are not given are as in ``default``.
+
+    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    """
+    groups = {
+        "algorithm": AlgorithmFlags,
+        "game": GameFlags,
+        "evaluation": EvaluationFlags,
+        "W&B": WandbFlags,
+        "run": RunFlags,
+    }
+    default = default or Args()
+    types = {}
+    defaults = {}
+    for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
+        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    registry = ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    parsed = tyro.cli(
+        TypedDict("Flags", types),
+        args=[plain_switch(word) for word in sys.argv[1:]],
+        default=defaults,
+        description=__doc__.splitlines()[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    args = Args()
+    for group in parsed.values():
+        vars(args).update(vars(group))
+    if "" in (args.resume, args.evaluate):
+        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    args.env_id = Game.find_game(args.env_id)
+    return args
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if a flag is out of its range."""
+    ranges = {
+        "learning_rate": (1e-12, 1),
+        "num_steps": (1, 100_000),
+        "gamma": (0, 1),
+        "gae_lambda": (0, 1),
+        "num_minibatches": (1, 10**6),
+        "update_epochs": (1, 1000),
+        "clip_coef": (1e-12, 1000),
+        "ent_coef": (0, 1000),
+        "vf_coef": (0, 1000),
+        "max_grad_norm": (1e-12, 10**6),
+        "target_kl": (1e-12, 1000),
+        "num_envs": (1, 10_000),  # a game takes 1 MB
+        "num_workers": (0, args.num_envs),
+    }
+    for name, (low, high) in (COMMON_RANGES | ranges).items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # nan is not in any range
+            sys.exit(f"error: {flag(name)} is {value:,}: it must be between {low:,} and {high:,}")
+    if WORLD_SIZE > 1 and args.evaluate:
+        sys.exit("error: --evaluate is for one process: start it without torchrun")
+    if args.num_envs % WORLD_SIZE:
+        sys.exit(f"error: --num-envs {args.num_envs} cannot be divided among {WORLD_SIZE} ranks: make it a multiple")
+    steps = args.num_steps * args.num_envs // WORLD_SIZE
+    if steps % args.num_minibatches or steps == args.num_minibatches:
+        parts = f"the {steps} steps of an iteration (on each rank) into parts of 2 or more"
+        advice = "change it, --num-steps or --num-envs"
+        sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {parts}: {advice}")
+
+
+COMMON_RANGES = {
+    "sticky_actions": (0, 1),
+    "max_episode_frames": (1, 10**12),
+    "video_length": (1, 10**12),
+    "eval_frequency": (0, 10**12),
+    "eval_episodes": (1, 10**12),
+    "eval_epsilon": (0, 1),
+    "seed": (0, 2**31),
+    "total_timesteps": (1, 10**12),
+    "checkpoint_frequency": (0, 10**12),
+}
+
+
+# ------------------------------------------------------------------------------------------- the process itself
+
+
+def guard_streams() -> None:
+    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
+
+    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
+    file opened would take the number of a closed stream.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace", line_buffering=True)
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+            raw.write = lossy(raw.write)
+
+
+def lossy(write):
+    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
+
+    def write_or_lose(data) -> int:
+        try:
+            return write(data) or len(data)  # None: a pipe is full and does not block
+        except OSError:
+            return len(data)
+
+    return write_or_lose
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def catch_signals() -> list[int]:
+    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
+
+    Those that are ignored stay so: nohup and scripts have their reasons.
+    """
+    caught = []
+
+    def catch(number: int, _) -> None:
+        if not caught:
+            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
+            with suppress(OSError):
+                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
+        caught.append(number)
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, catch)
+    return caught
+
+
+def run_main() -> None:
+    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
+
+    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
+    """
+    guard_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
+    exit_code = main()
+    if exit_code > 128:
+        signal.signal(exit_code - 128, signal.SIG_DFL)
+        atexit._run_exitfuncs()
+        signal.raise_signal(exit_code - 128)
+    sys.exit(exit_code)
 
 
 def main() -> int:
@@ -2079,7 +2289,7 @@ def main() -> int:
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
-        saved = read_flags(path, part="ranks" if args.resume else "agent")
+        saved = read_flags(path, resume=bool(args.resume))
         args = parse_args(default=saved)
     check_args(args)
     device = find_device(args.device)
@@ -2089,9 +2299,7 @@ def main() -> int:
         return play(args, device, path)
     if args.resume:
         check_resume(args, saved, path)
-        if (ranks := len(load(path, "ranks")["ranks"])) != WORLD_SIZE:
-            sys.exit(f"error: {path} is of {ranks} ranks, here are {WORLD_SIZE}: start as many,"
-                     f" with torchrun --nproc-per-node")  # fmt: skip
+        check_ranks(path)
         return train(args, device, path.parent, path)
     if RANK > 0:
         return train(args, device, Path(args.run_dir), None)
@@ -2103,6 +2311,10 @@ def main() -> int:
         with suppress(OSError):
             run_dir.rmdir()  # a start that failed leaves no empty folder
 
+
+cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 if __name__ == "__main__":
     run_main()
