@@ -431,7 +431,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     keep_freed_memory()
     share = own_share(args)
     envs = Halves(share)  # forks, so before the lock, threads and CUDA
-    set_up_torch(replace(args, seed=args.seed + RANK), device)
+    set_up_torch(replace(args, seed=derive_seed(args.seed, RANK)), device)
     agent = Agent(args, envs.num_actions, device)
     rollout = Rollout(args, share.num_envs, device)
     join_ranks(device)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
-from dqn_atari import Args, Atari, game_name, unwrap
+from dqn_atari import Args, Atari, unwrap
 
 GAMES = sorted(spec[4:-3] for spec in gym.registry if re.fullmatch(r"ALE/\w+-v5", spec))
 
@@ -395,7 +395,7 @@ def test_a_state_of_another_game_is_refused():
 
 @pytest.mark.parametrize("env_id", ["Breakout", "ALE/Breakout-v5", "BreakoutNoFrameskip-v4"])
 def test_names_of_one_game(env_id):
-    assert game_name(env_id) == "Breakout"
+    assert Atari.find_game(env_id) == "Breakout"
 
 
 def test_full_action_space():

@@ -220,7 +220,7 @@ def test_flags_are_read_back(script, tmp_path):
     module = importlib.import_module(script)
     args = module.Args(seed=7, **({"panels": ("game", "history")} if script == "dqn_atari_visual" else {}))
     torch.save(module.header(args, 0) | {"agent": {}}, tmp_path / "model.pt")
-    assert module.read_flags(tmp_path / "model.pt", "agent") == args
+    assert module.read_flags(tmp_path / "model.pt", resume=False) == args
 
 
 # -------------------------------------------------------------------------------- what a file may not decide
@@ -231,7 +231,7 @@ def test_file_of_a_stranger_chooses_no_path_address_or_account(dqn_run, tmp_path
     contents["args"] |= {"run_dir": str(tmp_path / "elsewhere"), "exp_name": "../../outside", "wandb_mode": "online"}
     contents["args"] |= {"wandb_project_name": "theirs", "wandb_entity": "them", "wandb_group": "g", "seed": 7}
     torch.save(contents, tmp_path / "model.pt")
-    saved = dqn_atari.read_flags(tmp_path / "model.pt", "agent")
+    saved = dqn_atari.read_flags(tmp_path / "model.pt", resume=False)
     assert saved.seed == 7
     defaults = dqn_atari.Args()
     assert all(getattr(saved, name) == getattr(defaults, name) for name in dqn_atari.LOCAL_FLAGS)
@@ -243,7 +243,7 @@ def test_file_of_a_stranger_chooses_no_path_address_or_account(dqn_run, tmp_path
 def test_file_of_a_stranger_chooses_no_ray_cluster(tmp_path):
     contents = apex_dqn_atari.header(apex_dqn_atari.Args(ray_address="203.0.113.1:6379"), 0) | {"agent": {}}
     torch.save(contents, tmp_path / "model.pt")
-    assert apex_dqn_atari.read_flags(tmp_path / "model.pt", "agent").ray_address == "local"
+    assert apex_dqn_atari.read_flags(tmp_path / "model.pt", resume=False).ray_address == "local"
 
 
 def test_resume_says_what_it_does_not_take_from_the_file(dqn_run, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from helpers import random_batch, state_frame
 
 import dqn_atari
-from dqn_atari import Agent, Args, QNetwork, Replay, linear_schedule
+from dqn_atari import Agent, Args, Means, QNetwork, Replay, linear_schedule, multiples
 
 CPU = torch.device("cpu")
 
@@ -43,8 +43,8 @@ def test_update_converges_to_value_iteration(precision):
                 next_state, reward, terminated = step(state, action)
                 expected[state, action] = reward + (0 if terminated else gamma * expected[next_state].max())
 
-    agent = make_agent(learning_rate=3e-4, precision=precision)
-    replay = Replay(4000, 2, 1, gamma, CPU)
+    agent = make_agent(learning_rate=3e-4, precision=precision, gamma=gamma)
+    replay = Replay(4000, 2, CPU)
     rng, states = np.random.default_rng(0), [0, 2]
     for _ in range(1500):
         actions = rng.integers(2, size=2)
@@ -75,7 +75,7 @@ def test_update_is_the_formula():
     with torch.no_grad():
         for parameter in agent.target_network.parameters():
             parameter.mul_(1.1)
-    observations, actions, returns, next_observations, discounts = batch = random_batch()
+    observations, actions, rewards, next_observations, terminated = batch = random_batch()
     network, target = copy.deepcopy(agent.q_network).double(), copy.deepcopy(agent.target_network).double()
     network.dtype = target.dtype = torch.float64
     for model in (network, target):
@@ -83,13 +83,17 @@ def test_update_is_the_formula():
             model.trunk(x.double() / 255), model.head.weight, model.head.bias
         )
     expected_loss = 0.0
+    values = []
     for i in range(len(actions)):
         value = network(observations[i : i + 1])[0, actions[i]]
         best = target(next_observations[i : i + 1])[0].max().detach()
-        expected_loss = expected_loss + (returns[i] + discounts[i] * best - value) ** 2 / len(actions)
+        td_target = rewards[i] + (0 if terminated[i] else 0.99 * best)
+        expected_loss = expected_loss + (td_target - value) ** 2 / len(actions)
+        values.append(value.item())
     expected_loss.backward()
     agent.update(*batch)
-    assert agent.losses.tolist()[::2] == pytest.approx([expected_loss.item(), 1], rel=1e-5)
+    expected = {"td_loss": expected_loss.item(), "q_values": np.mean(values)}
+    assert agent.metrics.means() == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(agent.q_network.parameters(), network.parameters()):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-6)
     before = make_agent().q_network
@@ -178,8 +182,27 @@ def test_freed_memory_is_kept(kept):
 
 def test_loss_that_is_not_finite_ends_the_run():
     agent = make_agent()
-    assert agent.mean_losses() == {}
-    observations, actions, returns, next_observations, discounts = random_batch()
-    agent.update(observations, actions, returns * float("nan"), next_observations, discounts)
-    with pytest.raises(SystemExit, match="loss became nan"):
-        agent.mean_losses()
+    assert agent.metrics.means() == {}
+    observations, actions, rewards, next_observations, terminated = random_batch()
+    agent.update(observations, actions, rewards * float("nan"), next_observations, terminated)
+    with pytest.raises(SystemExit, match="td_loss became nan"):
+        agent.metrics.means()
+
+
+def test_metrics_are_means_since_they_were_taken():
+    metrics = Means(CPU)
+    metrics.add({"loss": torch.tensor([1.0, 3.0]), "share": torch.tensor([True, False])})
+    metrics.add({"loss": torch.tensor(5.0), "rare": torch.tensor(7)})
+    saved = copy.deepcopy(metrics.state_dict())
+    means = {"loss": 3.5, "share": 0.5, "rare": 7.0}
+    assert metrics.means() == metrics.take() == means
+    assert metrics.take() == {}
+    metrics.add({"loss": torch.tensor(2.0)})
+    assert metrics.means() == {"loss": 2.0}
+    metrics.load_state_dict(saved)
+    assert metrics.means() == means
+
+
+@pytest.mark.parametrize("frequency, expected", [(0, 0), (1, 8), (4, 2), (5, 2), (8, 1), (17, 0), (100, 0)])
+def test_multiples_that_were_passed(frequency, expected):
+    assert multiples(frequency, 8, 16) == expected

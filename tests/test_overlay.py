@@ -60,7 +60,7 @@ def test_bars_show_the_values(num_actions, scale, shift):
     """Lengths are proportional to the distance from the lowest value, whatever the sign and size of the values."""
     env = make_overlay(num_actions)
     q_values = np.random.default_rng(num_actions).normal(size=num_actions) * scale + shift
-    env.think(q_values, int(q_values.argmin()))
+    env.note(q_values, int(q_values.argmin()))
     drawn = bars(env.render(), num_actions)
     expected = (q_values - q_values.min()) / (q_values.max() - q_values.min())
     for i, (length, color) in enumerate(drawn):
@@ -73,15 +73,15 @@ def test_equal_and_nan_values(num_actions):
     env = make_overlay(num_actions)
     rounding = np.random.default_rng(0).normal(size=num_actions) * 1e-6
     for q_values in (np.full(num_actions, 2.0), np.zeros(num_actions), 2 + rounding, 1e5 * (2 + rounding)):
-        env.think(q_values, 0)
+        env.note(q_values, 0)
         assert all(length <= 110 for length, _ in bars(env.render(), num_actions))
     q_values = np.arange(num_actions, dtype=float)
     q_values[1] = np.nan
-    env.think(q_values, 0)
+    env.note(q_values, 0)
     drawn = bars(env.render(), num_actions)
     assert drawn[1][0] <= 2 and drawn[-1][0] == pytest.approx(220, abs=2)
     for q_values in (np.full(num_actions, np.nan), np.full(num_actions, np.inf)):
-        env.think(q_values, 0)
+        env.note(q_values, 0)
         env.render()
 
 
@@ -90,7 +90,7 @@ def test_chosen_and_exploring_are_marked(monkeypatch):
     q_values = np.array([0.0, 1, 2, 3, 4, 5])
 
     def marked(action):
-        env.think(q_values, action)
+        env.note(q_values, action)
         picture = env.render().astype(int)
         frame = np.abs(picture[104:428, 620:885] - CHOSEN).sum(2) == 0
         return np.flatnonzero(frame.any(1)).mean() // 36, "exploring" in drawn_texts(env, monkeypatch)
@@ -102,7 +102,7 @@ def test_chosen_and_exploring_are_marked(monkeypatch):
 def test_numbers_are_printed():
     """The same canvas drawn with one value changed differs just where that value stands."""
     env = make_overlay(6)
-    env.think(np.array([1.0, 2, 3, 4, 5, 6]), 5)
+    env.note(np.array([1.0, 2, 3, 4, 5, 6]), 5)
     one = env.render().copy()
     env.q_values = np.array([1.0, 2, 3, 4.001, 5, 6])
     changed = np.argwhere((one != env.render()).any(2))
@@ -145,7 +145,7 @@ def test_nothing_overlaps():
     """With the widest texts each column of the panel keeps a gap to the next one, and nothing leaves the canvas."""
     env = make_overlay(18)
     for highest in (-9_999.9, -1_000):
-        env.think(np.linspace(-9_999.9, highest, 18), 3)
+        env.note(np.linspace(-9_999.9, highest, 18), 3)
     env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
     env.notice = "the video is cut here"
     picture = env.render().astype(int)
@@ -163,7 +163,7 @@ def test_trace_follows_value_and_marks_rewards(monkeypatch):
     """A reward stands at the state whose action brought it."""
     env = make_overlay(6)
     for step in range(150):
-        env.think(np.array([0, 0, 0, 0, 0, float(step)]), 5)
+        env.note(np.array([0, 0, 0, 0, 0, float(step)]), 5)
         env.env.episode_return += {60: 1, 100: -1, 149: 1}.get(step, 0)
     picture = env.render().astype(int)
     trace = np.abs(picture[466:549] - GREEDY).sum(2) < 30
@@ -181,7 +181,7 @@ def test_noise_does_not_fill_the_trace(monkeypatch):
     """What moves by a thousandth fills a tenth of the height, and the figures say what the height is."""
     env = make_overlay(6)
     for step in range(150):
-        env.think(np.array([0, 0, 0, 0, 0, 0.027 + TRACE_SPAN / 10 * (step % 2)]), 5)
+        env.note(np.array([0, 0, 0, 0, 0, 0.027 + TRACE_SPAN / 10 * (step % 2)]), 5)
     rows = np.flatnonzero((np.abs(env.render()[460:552].astype(int) - GREEDY).sum(2) < 30).any(1))
     assert 460 + rows.min() > 548 - 0.1 * 82 - 3
     assert "0.027 to 0.037" in drawn_texts(env, monkeypatch)
@@ -191,14 +191,14 @@ def test_noise_does_not_fill_the_trace(monkeypatch):
 def test_lives_are_shown_where_there_are_any(monkeypatch, game, lives):
     env = Overlay(Atari(Args(env_id=game)), "test", 0.01)
     env.reset(seed=1)
-    env.think(np.zeros(env.action_space.n), 0)
+    env.note(np.zeros(env.action_space.n), 0)
     assert ("lives" in drawn_texts(env, monkeypatch)) == lives
 
 
 def test_the_screen_of_the_game_is_shown():
     """The overlay draws what ``screen`` returns, whatever the emulator shows."""
     env = make_overlay(6)
-    env.think(np.zeros(6), 0)
+    env.note(np.zeros(6), 0)
     screen = np.random.default_rng(0).integers(256, size=(210, 160, 3), dtype=np.uint8)
     env.env.screen = lambda: screen
     np.testing.assert_array_equal(env.render()[1::3, 1:480:3], screen)
@@ -210,7 +210,7 @@ def test_the_end_of_a_game_is_shown(monkeypatch, limit, ending):
     env, info = Overlay(Atari(Args(env_id="Pong", max_episode_frames=limit)), "test", 0.01), {}
     env.reset(seed=1)
     while not info:
-        env.think(np.arange(6.0), 2)
+        env.note(np.arange(6.0), 2)
         info = env.step(0)[4]
     texts = set(drawn_texts(env, monkeypatch))
     final_return, length = round(info["episode"]["r"]), info["episode"]["l"]
@@ -221,7 +221,7 @@ def test_the_end_of_a_game_is_shown(monkeypatch, limit, ending):
     penalties = np.flatnonzero((np.abs(picture[466:549].astype(int) - LOSS).sum(2) == 0).sum(0) > 20)
     assert (936 in penalties) == (ending == "game over")  # the last point of Pong ends it
     env.reset()
-    env.think(np.arange(6.0), 2)
+    env.note(np.arange(6.0), 2)
     assert "exploring" in drawn_texts(env, monkeypatch) and len(env.values) == len(env.returns) == 1
 
 
@@ -229,7 +229,7 @@ def test_video_has_one_frame_per_step(tmp_path, capsys):
     """105 of 110 steps recorded: 105 frames at 15 a second, each close to the picture that was given."""
     env, recorder, pictures = make_overlay(6), Recorder(tmp_path / "videos" / "game.mp4", length=105), []
     for step in range(110):
-        env.think(np.random.default_rng(step).normal(size=6), step % 6)
+        env.note(np.random.default_rng(step).normal(size=6), step % 6)
         recorder.write(env)
         assert recorder.active == (step < 104)
         pictures.append(env.render().copy())
@@ -266,7 +266,7 @@ def test_evaluation_records_the_first_game_to_its_end(tmp_path, monkeypatch, cap
     args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=200, capture_video=capture, video_length=length)
     args.precision = "float32"
     cpu, tracker = torch.device("cpu"), Mock()
-    evaluate(args, Agent(args, 6, cpu), cpu, 7, tmp_path, tracker)
+    evaluate(args, Agent(args, 6, cpu), 7, tmp_path, tracker)
     video = tmp_path / "videos" / "0000000007.mp4"
     assert [call.args[0] for call in tracker.log_video.call_args_list] == [video] * capture
     assert video.exists() == capture and ("is cut" in capsys.readouterr().out) == (length == 20)
@@ -283,7 +283,7 @@ def test_evaluation_records_the_first_game_to_its_end(tmp_path, monkeypatch, cap
 def test_ffmpeg_does_not_hear_the_terminal(tmp_path):
     """Ctrl-C signals every process in a terminal: ffmpeg does not end by it, and the video can be ended."""
     env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=40)
-    env.think(np.zeros(6), 0)
+    env.note(np.zeros(6), 0)
     for _ in range(20):
         recorder.write(env)
         for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -296,36 +296,36 @@ def test_ffmpeg_does_not_hear_the_terminal(tmp_path):
 def test_failed_video_warns_once_and_goes_on(tmp_path, capsys):
     (tmp_path / "videos").write_text("a file where the folder should be")
     env, recorder = make_overlay(6), Recorder(tmp_path / "videos" / "game.mp4", length=40)
-    env.think(np.zeros(6), 0)
+    env.note(np.zeros(6), 0)
     for _ in range(5):
         recorder.write(env)
     recorder.close()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: no video {recorder.path}: ") and recorder.count == 0
+    assert line.startswith(f"warning: no video {recorder.path}: ") and recorder.failed
 
 
 @pytest.mark.parametrize("pictures", [0, 20])
 def test_killed_encoder_does_not_end_the_run(tmp_path, capsys, pictures):
     """It is seen when the next picture is written or, at the latest, when the video is closed."""
     env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=400)
-    env.think(np.zeros(6), 0)
+    env.note(np.zeros(6), 0)
     recorder.write(env)
     recorder.ffmpeg.kill()
     for _ in range(pictures):
         recorder.write(env)
     recorder.close()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: no video {recorder.path}: ffmpeg ended with -9") and recorder.count == 0
+    assert line.startswith(f"warning: no video {recorder.path}: ffmpeg ended with -9") and recorder.failed
 
 
 def test_complaint_of_the_encoder_is_quoted(tmp_path, capsys):
     env, recorder = make_overlay(6), Recorder(tmp_path / "game.mp4", length=400)
     recorder.path.mkdir()
-    env.think(np.zeros(6), 0)
+    env.note(np.zeros(6), 0)
     recorder.write(env)
     recorder.close()
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("Is a directory") and recorder.count == 0
+    assert line.endswith("Is a directory") and recorder.failed
 
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py"))

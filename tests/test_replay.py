@@ -19,14 +19,13 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 @pytest.mark.parametrize("num_envs", [1, 5])
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_samples_equal_full_transitions(num_envs, n_step):
+def test_samples_equal_full_transitions(num_envs):
     """Every drawn transition is the naive one; those drawn are exactly those that are valid."""
-    rng = np.random.default_rng(num_envs * 10 + n_step)
+    rng = np.random.default_rng(num_envs)
     torch.manual_seed(0)
-    rows, gamma = 40, 0.9
-    replay = Replay(rows * num_envs, num_envs, n_step, gamma, CPU)
-    naive = [Naive(n_step, gamma) for _ in range(num_envs)]
+    rows = 40
+    replay = Replay(rows * num_envs + num_envs // 2, num_envs, CPU)
+    naive = [Naive(1, 1.0) for _ in range(num_envs)]
     for step in range(3 * rows + 7):
         frames = rng.integers(0, 256, (num_envs, SIZE, SIZE), dtype=np.uint8)
         frames[:, 0, :4] = np.arange(num_envs)[:, None]  # a tag that tells the transition drawn: environment and step
@@ -41,7 +40,7 @@ def test_samples_equal_full_transitions(num_envs, n_step):
         stored = step + 1
         first = max(0, stored - rows + HISTORY)
         valid = {
-            (i, t) for i in range(num_envs) for t in range(first, stored - n_step) if naive[i].transition(t) is not None
+            (i, t) for i in range(num_envs) for t in range(first, stored - 1) if naive[i].transition(t) is not None
         }
         drawn = set()
         for _ in range(40 * num_envs):
@@ -49,11 +48,11 @@ def test_samples_equal_full_transitions(num_envs, n_step):
             for j in range(32):
                 observation = batch.observations[j].numpy()
                 i, t = int(observation[-1, 0, 0]), int(observation[-1, 0, 4])
-                stack, action, total, next_stack, discount = naive[i].transition(t)
+                stack, action, reward, next_stack, discount = naive[i].transition(t)
                 np.testing.assert_array_equal(observation, stack)
                 assert batch.actions[j] == action
-                assert batch.returns[j].item() == pytest.approx(total, abs=1e-6)
-                assert batch.discounts[j].item() == pytest.approx(discount, abs=1e-6)
+                assert batch.rewards[j] == reward
+                assert batch.terminated[j] == (discount == 0)
                 if next_stack is not None:
                     np.testing.assert_array_equal(batch.next_observations[j].numpy(), next_stack)
                 drawn.add((i, t))
@@ -63,7 +62,7 @@ def test_samples_equal_full_transitions(num_envs, n_step):
 def test_sampling_is_uniform():
     """Each valid transition comes up equally often (chi-square over 64,000 draws, 1e-6 tail)."""
     torch.manual_seed(0)
-    replay = Replay(60, 2, 1, 0.99, CPU)
+    replay = Replay(60, 2, CPU)
     for step in range(50):
         frames = torch.full((2, SIZE, SIZE), step, dtype=torch.uint8)
         frames[1, 0, 0] += 100
@@ -81,7 +80,7 @@ def test_sampling_is_uniform():
 
 def test_state_survives_a_checkpoint(tmp_path):
     """A restored replay draws the same samples and goes on storing at the same place."""
-    replay, other = (Replay(70, 2, 1, 0.99, CPU) for _ in range(2))
+    replay, other = (Replay(70, 2, CPU) for _ in range(2))
 
     def add(replay, step):
         generator = torch.Generator().manual_seed(step)
@@ -109,7 +108,7 @@ def test_state_survives_a_checkpoint(tmp_path):
 
 def stored(rows: int, steps: int) -> Replay:
     """A replay of two environments with random steps."""
-    replay, generator = Replay(2 * rows, 2, 1, 0.99, CPU), torch.Generator().manual_seed(0)
+    replay, generator = Replay(2 * rows, 2, CPU), torch.Generator().manual_seed(0)
     for step in range(steps):
         frames = torch.randint(1, 256, (2, SIZE, SIZE), dtype=torch.uint8, generator=generator)
         replay.add(frames, torch.full((2,), step % 4), torch.ones(2), torch.zeros(2) > 0, torch.zeros(2) > 0)
@@ -120,14 +119,14 @@ def stored(rows: int, steps: int) -> Replay:
 def test_counter_that_is_not_of_the_arrays_is_refused(num_steps):
     state = stored(30, 20).state_dict()
     with pytest.raises((RuntimeError, TypeError, ValueError)):
-        Replay(60, 2, 1, 0.99, CPU).load_state_dict(state | {"num_steps": num_steps})
+        Replay(60, 2, CPU).load_state_dict(state | {"num_steps": num_steps})
 
 
 def test_counter_beyond_all_numbers_is_refused():
     state = stored(10, 20).state_dict()
-    Replay(20, 2, 1, 0.99, CPU).load_state_dict(state)
+    Replay(20, 2, CPU).load_state_dict(state)
     with pytest.raises(ValueError):
-        Replay(20, 2, 1, 0.99, CPU).load_state_dict(state | {"num_steps": 2**70})
+        Replay(20, 2, CPU).load_state_dict(state | {"num_steps": 2**70})
 
 
 @pytest.mark.parametrize(
@@ -147,15 +146,15 @@ def test_counter_beyond_all_numbers_is_refused():
 def test_array_of_another_kind_is_refused(name, spoil):
     state = stored(30, 20).state_dict()
     with pytest.raises(ValueError):
-        Replay(60, 2, 1, 0.99, CPU).load_state_dict(state | {name: spoil(state[name])})
+        Replay(60, 2, CPU).load_state_dict(state | {name: spoil(state[name])})
     del state[name]
     with pytest.raises(KeyError):
-        Replay(60, 2, 1, 0.99, CPU).load_state_dict(state)
+        Replay(60, 2, CPU).load_state_dict(state)
 
 
 def test_state_of_a_longer_replay_is_refused():
     with pytest.raises(ValueError):
-        Replay(60, 2, 1, 0.99, CPU).load_state_dict(stored(40, 40).state_dict())
+        Replay(60, 2, CPU).load_state_dict(stored(40, 40).state_dict())
 
 
 class LargestTensor(TorchDispatchMode):
@@ -178,7 +177,7 @@ def test_loading_makes_no_second_copy():
     """Not on another device either (meta stands for one): the file is read into the arrays."""
     state = stored(30, 20).state_dict()
     for device in (CPU, torch.device("meta")):
-        replay = Replay(60, 2, 1, 0.99, device)
+        replay = Replay(60, 2, device)
         with LargestTensor() as largest:
             replay.load_state_dict(state)
         assert largest.nbytes < 100
@@ -192,12 +191,12 @@ def test_memory_is_taken_as_it_is_filled():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     before = resident()
-    replay = Replay(100_000, 10, 1, 0.99, CPU)
+    replay = Replay(100_000, 10, CPU)
     assert resident() - before < 50e6
     for _ in range(2000):
         replay.add(torch.ones(10, SIZE, SIZE), *torch.zeros(4, 10).bool())
     assert 141e6 < resident() - before < 250e6
-    assert not replay.frames[2000:2100].any() and not replay.frames[-100:].any()
+    assert not replay.frames[20_000:21_000].any() and not replay.frames[-1000:].any()
 
 
 @on_linux

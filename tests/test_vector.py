@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 
+import ppo_atari
 from dqn_atari import Args, Atari, AtariVector, derive_seed
 
 
@@ -34,9 +36,7 @@ def test_equals_environments_one_by_one(num_workers):
         for i, env in enumerate(singles):
             observation, reward, end, cut, info = env.step(int(actions[i]))
             assert (rewards[i], terminated[i], truncated[i]) == (reward, end, cut)
-            if cut:
-                np.testing.assert_array_equal(vector.arrays["final_observations"][i], observation)
-                truncations += 1
+            truncations += bool(cut)
             if end or cut:
                 observation, _ = env.reset()
             np.testing.assert_array_equal(observations[i], observation)
@@ -48,6 +48,51 @@ def test_equals_environments_one_by_one(num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+def test_last_observations_of_truncated_episodes_are_kept(num_workers):
+    """... by PPO, which needs their values."""
+    args = Args(env_id="Breakout", num_envs=2, num_workers=num_workers, max_episode_frames=300)
+    vector, singles = ppo_atari.AtariVector(args), [Atari(args) for _ in range(2)]
+    vector.reset(10)
+    for i, env in enumerate(singles):
+        env.reset(seed=derive_seed(10, i))
+    cuts = 0
+    for _ in range(100):
+        vector.send(np.zeros(2, np.int64))
+        _, _, _, truncated, _ = vector.recv()
+        for i, env in enumerate(singles):
+            observation, _, end, cut, _ = env.step(0)
+            assert cut == truncated[i]
+            if cut:
+                np.testing.assert_array_equal(vector.outcomes["final_observation"][i], observation)
+                cuts += 1
+            if end or cut:
+                env.reset()
+    assert cuts >= 2
+    vector.close()
+
+
+def test_workers_can_be_spawned(monkeypatch):
+    """As on macOS and Windows, where a fork is unsafe or missing."""
+    args = Args(env_id="Pong", num_envs=2, num_workers=2)
+    forked = AtariVector(args)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    spawned = AtariVector(args)
+    for vector in (forked, spawned):
+        vector.reset(1)
+    for _ in range(20):
+        for vector in (forked, spawned):
+            vector.send(np.array([2, 3]))
+        for a, b in zip(forked.recv(), spawned.recv()):
+            np.testing.assert_array_equal(a, b)
+    os.kill(spawned.workers[1].pid, signal.SIGKILL)
+    with pytest.raises(SystemExit, match=r"worker 1 .*died with exit code -9"):
+        while True:
+            spawned.send(np.zeros(2, np.int64))
+            spawned.recv()
+    spawned.close(), forked.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_state_moves_to_another_vector(num_workers):
     args = Args(env_id="Breakout", num_envs=3, num_workers=num_workers)
     one, other = AtariVector(args), AtariVector(args)
@@ -56,7 +101,8 @@ def test_state_moves_to_another_vector(num_workers):
     for _ in range(50):
         one.send(rng.integers(4, size=3))
         one.recv()
-    np.testing.assert_array_equal(other.load_state_dict(one.state_dict()), one.arrays["observations"])
+    other.load_state_dict(one.state_dict())
+    np.testing.assert_array_equal(other.observations, one.observations)
     for _ in range(200):
         actions = rng.integers(4, size=3)
         one.send(actions), other.send(actions)
@@ -71,8 +117,8 @@ def test_runs_with_neighbouring_seeds_have_no_game_in_common():
 
 
 def test_a_share_of_the_environments_plays_their_games():
-    """As the ranks and players of PPO do: environments 1 and 2 of 3, on their own."""
-    whole, share = (AtariVector(Args(env_id="Pong", num_envs=num_envs, num_workers=0)) for num_envs in (3, 2))
+    """As the ranks and halves of PPO do: environments 1 and 2 of 3, on their own."""
+    whole, share = (ppo_atari.AtariVector(Args(env_id="Pong", num_envs=num_envs, num_workers=0)) for num_envs in (3, 2))
     whole.reset(5), share.reset(5, first=1)
     games = whole.state_dict()
     assert games[1:] == share.state_dict()

@@ -132,7 +132,7 @@ def print_parts(calls: int, rounds: int) -> None:
     observations = torch.from_numpy(envs.reset(1).copy())
     device = dqn_atari.find_device("auto")
     graph = dqn_atari.CudaGraph if device.type == "cuda" else lambda function: function
-    replay = dqn_atari.Replay(BUFFER_SIZE, args.num_envs, args.n_step, args.gamma, device)
+    replay = dqn_atari.Replay(BUFFER_SIZE, args.num_envs, device)
     observations, epsilon = observations.to(device), torch.zeros((), device=device)
     actions = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
     idle, rewards, ends = actions.cpu().numpy(), actions.float(), actions > 0

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds of all contestants (%(default)s)")
     args = parser.parse_args()
     print_machine()
-    game = dqn_atari.game_name(args.env_id)
+    game = dqn_atari.Atari.find_game(args.env_id)
     makers = {  # those that fork come first: a fork does not take threads along
         "AtariVector, 2 processes": partial(atari_vector, game, NUM_WORKERS),
         "AtariVector, this process": partial(atari_vector, game, 0),

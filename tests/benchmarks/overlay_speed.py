@@ -48,7 +48,7 @@ def play(overlay: Overlay) -> None:
     """One random step, with Q-values that differ in all their digits; every 8th action is not the greedy one."""
     q_values = 2 + rng.normal(scale=0.1, size=overlay.action_space.n)
     explore = rng.random() < 1 / 8
-    overlay.think(q_values, int(rng.integers(len(q_values)) if explore else q_values.argmax()))
+    overlay.note(q_values, int(rng.integers(len(q_values)) if explore else q_values.argmax()))
     _, _, terminated, truncated, _ = overlay.step(overlay.action)
     if terminated or truncated:
         overlay.env.reset()  # not the overlay's own: that would empty the trace
