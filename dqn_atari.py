@@ -1582,7 +1582,7 @@ class Run:
         contents = load(path, resume=True)  # not before the workers fork: they would keep its disk space
         try:
             global_step = contents["global_step"]
-            run_id = contents["wandb_run_id"]
+            run_id = slug(contents["wandb_run_id"]) if contents["wandb_run_id"] else None
             self.agent.load_state_dict(contents["agent"])
             for name, part in self.parts.items():
                 part.load_state_dict(contents[name])
@@ -1592,7 +1592,7 @@ class Run:
                 say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
         except Exception as error:
             refuse(path, error)
-        return global_step, slug(run_id) if run_id else None
+        return global_step, run_id
 
     def check_step(self, global_step: int) -> None:
         """Raises an error unless the replay was filled in so many steps."""
@@ -1780,7 +1780,8 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "wandb_run_id" not in contents:
+    is_checkpoint = "precision" in contents
+    if resume and not is_checkpoint:
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

@@ -1758,7 +1758,7 @@ class Run:
         contents = load(path, resume=True)  # not before the workers fork: they would keep its disk space
         try:
             global_step = contents["global_step"]
-            run_id = contents["wandb_run_id"]
+            run_id = slug(contents["wandb_run_id"]) if contents["wandb_run_id"] else None
             self.agent.load_state_dict(contents["agent"])
             own = contents["ranks"][RANK]
             for name, part in self.parts.items():
@@ -1770,7 +1770,7 @@ class Run:
                 say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
         except Exception as error:
             refuse(path, error)
-        return global_step, slug(run_id) if run_id else None
+        return global_step, run_id
 
     def save_checkpoint(self, global_step: int) -> None:
         with self.uncounted():
@@ -1970,7 +1970,8 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "wandb_run_id" not in contents:
+    is_checkpoint = "precision" in contents
+    if resume and not is_checkpoint:
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

@@ -262,7 +262,7 @@ def test_evaluation_records_the_first_game_to_its_end(tmp_path, monkeypatch, cap
             pictures.append((self.recording, self.game_ended))
             return super().screen()
 
-    monkeypatch.setattr(dqn_atari, "Atari", Watched)
+    monkeypatch.setattr(dqn_atari, "Game", Watched)
     args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=200, capture_video=capture, video_length=length)
     args.precision = "float32"
     cpu, tracker = torch.device("cpu"), Mock()

@@ -143,7 +143,7 @@ def test_errors_are_one_sentence(script, tmp_path):
     torch.save({"algorithm": "SARSA"}, foreign)
     text.write_text("hello")
     for flags, message in (
-        ("--env-id Breakot", "error: --env-id Breakot is no game here: did you mean Breakout"),
+        ("--env-id Breakot", "error: --env-id Breakot is no game here: Environment `Breakot` doesn't exist"),
         ("--gamma 1.5", "error: --gamma is 1.5: it must be between 0 and 1"),
         (f"--resume {foreign}", "was written by SARSA, not by"),
         (f"--evaluate {text}", "is damaged or no checkpoint"),
