@@ -29,7 +29,7 @@ SCRIPTS = (
 # What each script has of its own, or lacks: its algorithm. Everything else is the same wherever it occurs.
 OWN = {
     "dqn_atari_visual.py": "EvaluationFlags.panels EvaluationFlags.saliency check_args Overlay evaluate",
-    "c51_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork AlgorithmFlags.learning_rate"
+    "c51_atari.py": "ALGORITHM check_args QNetwork AlgorithmFlags.learning_rate"
     " AlgorithmFlags.target_network_frequency"
     " Agent.__init__ Agent.act Agent.think Agent.update Overlay.new_game Overlay.note Overlay.render",
     "bootstrapped_dqn_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork AlgorithmFlags.learning_rate"

@@ -210,7 +210,7 @@ def test_surprise_is_the_td_error(game, episodic_life, max_episode_frames):
         q_values = rng.normal(size=env.action_space.n).astype(np.float32)
         action = int(rng.integers(env.action_space.n))
         expected.append(reward + (0.0 if terminated else 0.9 * max(q_values)) - previous)
-        env.think(q_values, action)
+        env.note(q_values, action)
         lives.append(env.env.lives)
         before = env.env.episode_return
         _, reward, terminated, truncated, info = env.step(action)
@@ -242,14 +242,14 @@ def test_surprise_is_the_td_error(game, episodic_life, max_episode_frames):
     if not episodic_life:
         assert len(env.steps) == min(len(lives), TRACE_STEPS)
     env.reset()  # the next game
-    env.think(q_values, action)
+    env.note(q_values, action)
     assert len(env.steps) == 1 and env.steps[0].surprise == 0 and env.clipped_return == 0 and env.notice == ""
 
 
 def test_histories_are_bounded():
     env = make_overlay(18)
     for step in range(3 * TRACE_STEPS):
-        env.think(np.zeros(18, np.float32), step % 18)
+        env.note(np.zeros(18, np.float32), step % 18)
     assert len(env.steps) == TRACE_STEPS and env.steps[-1].action == (3 * TRACE_STEPS - 1) % 18
 
 
@@ -262,7 +262,8 @@ def test_evaluation_leaves_no_trace(tmp_path, device):
     agent.update(*(x.to(device) for x in random_batch(num_actions=6)))
 
     def state():
-        tensors = [*agent.q_network.parameters(), *(x.grad for x in agent.q_network.parameters()), agent.losses]
+        tensors = [*agent.q_network.parameters(), *(x.grad for x in agent.q_network.parameters())]
+        tensors += agent.metrics.state_dict().values()
         tensors += [x for values in agent.optimizer.state_dict()["state"].values() for x in values.values()]
         generators = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
         return [*generators, *tensors], (np.random.get_state()[1].tolist(), random.getstate())
@@ -271,7 +272,7 @@ def test_evaluation_leaves_no_trace(tmp_path, device):
         args.saliency = method
         tensors, others = state()
         tensors = [x.clone() for x in tensors]
-        evaluate(args, agent, device, 100, tmp_path, UNRECORDED)
+        evaluate(args, agent, 100, tmp_path, UNRECORDED)
         assert all(map(torch.equal, tensors, state()[0])) and others == state()[1]
     meta, frames = read_video(tmp_path / "videos" / "0000000100.mp4")
     assert (meta["size"], len(frames)) == ((1280, 720), 20) and meta["pix_fmt"].startswith("yuv420p")
@@ -284,13 +285,13 @@ def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
     args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=160, video_length=15, saliency="gradient")
     args.precision, args.eval_epsilon = "float32", 0.5  # the map is that of the greedy action, not of the one taken
     agent = Agent(args, 6, CPU)
-    evaluate(args, agent, CPU, 0, tmp_path, UNRECORDED)
+    evaluate(args, agent, 0, tmp_path, UNRECORDED)
     assert len(calls) == 15
     for network, observation, action in calls:
         assert network is agent.q_network and action == agent.think(observation)[1]
     for flags in ({"capture_video": False}, {"saliency": "none"}):
         calls.clear()
-        evaluate(Args(**(vars(args) | flags)), agent, CPU, 1, tmp_path, UNRECORDED)
+        evaluate(Args(**(vars(args) | flags)), agent, 1, tmp_path, UNRECORDED)
         assert not calls
 
 
@@ -311,7 +312,7 @@ def film(monkeypatch, tmp_path):
     def evaluate_with(**flags):
         args = Args(**({"saliency": "none", "precision": "float32", "eval_epsilon": 0.5, "panels": ("game",)} | flags))
         agent = Agent(args, int(Atari(args).action_space.n), CPU)
-        evaluate(args, agent, CPU, 0, tmp_path, UNRECORDED)
+        evaluate(args, agent, 0, tmp_path, UNRECORDED)
         return pictures, agent
 
     monkeypatch.setattr(Overlay, "render", note_and_render)
@@ -360,7 +361,7 @@ def test_a_cut_video_says_so(film, capsys):
 def test_the_notice_is_in_the_picture(panels):
     env = make_overlay(panels=panels)
     env.canvas = Recording(*env.canvas.picture.shape[1::-1])
-    env.think(np.zeros(6, np.float32), 0)
+    env.note(np.zeros(6, np.float32), 0)
     for notice in ("the video is cut here", "cut off at the frame limit"):
         env.notice = notice
         env.canvas.texts.clear()
@@ -375,7 +376,7 @@ def test_end_of_a_game_has_no_actions():
     env = make_overlay()
     env.canvas = Recording(1280, 720)
     for _ in range(3):
-        env.think(np.arange(6, dtype=np.float32), 4)
+        env.note(np.arange(6, dtype=np.float32), 4)
         env.step(4)
     env.env.game_ended = env.terminated = True
     env.end(np.arange(6, dtype=np.float32))
@@ -399,7 +400,7 @@ def test_game_is_what_the_network_sees():
     missing = 0
     for step in range(20):
         env.step(step % 18)
-        env.think(np.zeros(18, np.float32), 0)
+        env.note(np.zeros(18, np.float32), 0)
         screen = env.render()[1:630:3, 1:480:3]
         np.testing.assert_array_equal(screen, env.env.screen())
         missing += (screen != env.env.ale.getScreenRGB()).any(2).sum()
@@ -416,13 +417,13 @@ def test_heat_is_as_strong_as_what_it_shows(method, q_value, least):
     env = make_overlay(saliency=method)
     env.canvas = Recording(1280, 720)
     q_values = np.full(6, q_value, np.float32)
-    env.think(q_values, 0)
+    env.note(q_values, 0)
     screen = env.render()[1:630:3, 1:480:3].copy()
     np.testing.assert_array_equal(screen, env.env.screen())
     for share, opacity in ((100, 0.8), (1, 0.8), (0.5, 0.4), (0.02, 0.016)):
         spot = np.zeros((SIZE, SIZE), np.float32)
         spot[40:44, 60:64] = HEATS[method](share * least)
-        env.think(q_values, 0, spot)
+        env.note(q_values, 0, spot)
         env.canvas.texts.clear()
         shown = env.render()[1:630:3, 1:480:3].astype(int)
         changed = np.argwhere(np.abs(shown - screen).sum(2) > 0)
@@ -438,7 +439,7 @@ def test_heat_is_as_strong_as_what_it_shows(method, q_value, least):
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
 def test_flat_and_broken_saliency_leave_the_game_as_it_is(value):
     env = make_overlay()
-    env.think(np.zeros(6, np.float32), 0, np.full((SIZE, SIZE), value, np.float32))
+    env.note(np.zeros(6, np.float32), 0, np.full((SIZE, SIZE), value, np.float32))
     np.testing.assert_array_equal(env.render()[1:630:3, 1:480:3], env.env.screen())
 
 
@@ -450,7 +451,7 @@ def test_bars_show_the_values(num_actions, scale, shift):
     env.canvas = Recording(1280, 720)
     q_values = (np.random.default_rng(num_actions).normal(size=num_actions) * scale + shift).astype(np.float32)
     for taken in (int(q_values.argmax()), int(q_values.argmin())):
-        env.think(q_values, taken)
+        env.note(q_values, taken)
         picture, box = inside(env, "q_values")
         pitch, width = min(44, 344 // num_actions), box.right - box.left - 136 - 104
         expected = (q_values.astype(float) - q_values.min()) / (q_values.astype(float).max() - q_values.min())
@@ -470,22 +471,22 @@ def test_bars_show_the_values(num_actions, scale, shift):
 def test_nan_and_infinite_values_are_drawn(num_actions):
     env = make_overlay(num_actions)
     for q_values in (np.full(num_actions, np.nan), np.full(num_actions, np.inf), np.arange(num_actions) * np.nan):
-        env.think(q_values.astype(np.float32), 0)
+        env.note(q_values.astype(np.float32), 0)
         env.render()
     some = np.arange(num_actions, dtype=np.float32)
     some[0] = np.nan
-    env.think(some, 1, np.full((SIZE, SIZE), np.nan, np.float32))
+    env.note(some, 1, np.full((SIZE, SIZE), np.nan, np.float32))
     env.render()
-    env.think(np.linspace(-3e38, 3e38, num_actions, dtype=np.float32), 0)
+    env.note(np.linspace(-3e38, 3e38, num_actions, dtype=np.float32), 0)
     env.render()
 
 
 def test_frames_are_those_the_network_sees():
     env = make_overlay()
     for action in (2, 3, 2, 2, 3):
-        env.think(np.zeros(6, np.float32), action)
+        env.note(np.zeros(6, np.float32), action)
         observation, *_ = env.step(action)
-    env.think(np.zeros(6, np.float32), 0)
+    env.note(np.zeros(6, np.float32), 0)
     picture, _ = inside(env, "frames")
     assert not np.array_equal(observation[2], observation[3])
     for i, (top, left) in enumerate(((0, 0), (0, 176), (176, 0), (176, 176))):  # twice their size, newest last
@@ -502,7 +503,7 @@ def test_history_is_on_the_time_axis():
         env.env.episode_return += {60: 3, 100: -2, 120: 1}.get(step, 0)
         env.env.lives -= step in (30, 120)
         values = np.array([0, 1, 2, 3, 4, 5 + (step >= 75)], np.float32)
-        env.think(values, 2 if step == 45 else 5)
+        env.note(values, 2 if step == 45 else 5)
     assert [step.reward for step in env.steps if step.reward] == [3, -2, 1]
     picture, box = inside(env, "history")
     height = box.bottom - box.top
@@ -527,7 +528,7 @@ def test_history_is_on_the_time_axis():
 def test_a_young_game_fills_the_traces_from_the_right():
     env = make_overlay()
     for _ in range(10):
-        env.think(np.arange(6, dtype=np.float32), 5)
+        env.note(np.arange(6, dtype=np.float32), 5)
     picture, box = inside(env, "history")
     columns = np.flatnonzero(is_color(picture, GREEDY).any(0))
     start = (box.right - box.left) * (TRACE_STEPS - 10) / (TRACE_STEPS - 1)
@@ -538,7 +539,7 @@ def test_surprise_is_drawn_where_and_as_large_as_it_was():
     env = make_overlay()
     surprises = {20: 2.0, 70: -4.0, 149: 1.0}
     for step in range(TRACE_STEPS):
-        env.think(np.zeros(6, np.float32), 0)
+        env.note(np.zeros(6, np.float32), 0)
         env.steps[-1] = env.steps[-1]._replace(surprise=surprises.get(step, 0.0))
     picture, box = inside(env, "surprise")
     zero, found = round((box.bottom - box.top) / 2), {}
@@ -562,7 +563,7 @@ def test_noise_is_drawn_small():
     env.canvas = Recording(1280, 720)
     rng = np.random.default_rng(1)
     for _ in range(TRACE_STEPS):
-        env.think(0.027 + rng.uniform(0, 1e-4, 6).astype(np.float32), 0)
+        env.note(0.027 + rng.uniform(0, 1e-4, 6).astype(np.float32), 0)
     picture, box = inside(env, "history")
     rows = np.flatnonzero(is_color(picture, GREEDY).any(1))
     assert rows.min() > 0.95 * (box.bottom - box.top)
@@ -575,7 +576,7 @@ def test_noise_is_drawn_small():
 def test_every_color_has_its_word():
     env = make_overlay()
     env.canvas = Recording(1280, 720)
-    env.think(np.zeros(6, np.float32), 1, np.ones((SIZE, SIZE), np.float32))
+    env.note(np.zeros(6, np.float32), 1, np.ones((SIZE, SIZE), np.float32))
     env.render()
     words = {"greedy": GREEDY, "exploring": CHOSEN, "V(s)": GREEDY, "life lost": LIFE}
     words |= {"reward": GAIN, "better": GAIN, "penalty": LOSS, "worse": LOSS}
@@ -588,10 +589,10 @@ def test_lives_are_shown_where_there_are_some(game, lives):
     env = Overlay(Atari(Args(env_id=game)), "", Args())
     env.canvas = Recording(1280, 720)
     env.reset(seed=1)
-    env.think(np.zeros(env.action_space.n, np.float32), 0)
+    env.note(np.zeros(env.action_space.n, np.float32), 0)
     env.render()
     env.env.lives = 0  # of the last life nothing is left
-    env.think(np.zeros(env.action_space.n, np.float32), 0)
+    env.note(np.zeros(env.action_space.n, np.float32), 0)
     env.render()
     assert [text for text, _ in env.canvas.texts].count("lives") == 2 * lives
 
@@ -600,7 +601,7 @@ def test_facts_show_their_numbers():
     """One number changed changes the picture in its column, and nowhere else."""
     env = make_overlay()
     env.has_lives = True
-    env.think(np.zeros(6, np.float32), 0)
+    env.note(np.zeros(6, np.float32), 0)
     left, top, right, bottom = env.boxes["facts"]
     starts = [round(share * (right - left)) for share in (0, 0.18, 0.4, 0.53, 0.68, 0.91, 1)]
 
@@ -656,7 +657,7 @@ def test_nothing_overlaps(num_actions, most, saliency):
     for step in range(TRACE_STEPS):
         q_values = np.linspace(-most, -most / 10, num_actions, dtype=np.float32)
         q_values[widest] = most
-        env.think(q_values, (widest + step % 2) % num_actions, np.full((SIZE, SIZE), 1.234e-5, np.float32))
+        env.note(q_values, (widest + step % 2) % num_actions, np.full((SIZE, SIZE), 1.234e-5, np.float32))
     env.env.episode_return, env.env.episode_length, env.clipped_return = -1_234_567, 26_999, -26_999
     env.env.game, env.notice, env.has_lives = "MontezumaRevenge", "cut off at the frame limit", True
     env.render()
@@ -682,7 +683,7 @@ def test_panels_stay_in_their_boxes():
     for num_actions in (3, 18):
         env = make_overlay(num_actions)
         for step in range(TRACE_STEPS):
-            env.think(np.random.default_rng(step).normal(size=num_actions).astype(np.float32), step % num_actions)
+            env.note(np.random.default_rng(step).normal(size=num_actions).astype(np.float32), step % num_actions)
         for name, panel in env.panels.items():
             env.canvas.picture[:] = GROUND
             panel.draw(env.canvas, env.boxes[name], env)
@@ -698,7 +699,7 @@ def test_layout_adapts_to_the_chosen_panels(count):
     for names in itertools.combinations(PANELS, count):
         env = Overlay(game, "", Args(panels=names))
         assert set(env.boxes) == set(names)
-        env.think(np.arange(6, dtype=np.float32), 5)
+        env.note(np.arange(6, dtype=np.float32), 5)
         height, width, _ = env.render().shape
         assert width % 2 == height % 2 == 0 and height == 720 and width == (480 if names == ("game",) else 1280)
         for box in env.boxes.values():
@@ -726,7 +727,7 @@ def test_adding_a_panel(monkeypatch, panels):
     env = Overlay(Atari(args), "", args)
     env.reset(seed=1)
     for step in range(TRACE_STEPS):
-        env.think(np.array([0, 1, 2, 3, 4, 5 + step], np.float32), 5)
+        env.note(np.array([0, 1, 2, 3, 4, 5 + step], np.float32), 5)
     picture, box = inside(env, "margin")
     line = is_color(picture, GAIN)
     heights = [np.flatnonzero(line[:, x]).mean() for x in range(10, box.right - box.left - 10, 25)]
@@ -744,7 +745,7 @@ def test_time_axis():
 def test_video_of_the_canvas_is_the_canvas(tmp_path):
     env, recorder, pictures = make_overlay(), Recorder(tmp_path / "game.mp4", 10), []
     for step in range(10):
-        env.think(np.random.default_rng(step).normal(size=6).astype(np.float32), step % 6)
+        env.note(np.random.default_rng(step).normal(size=6).astype(np.float32), step % 6)
         recorder.write(env)
         pictures.append(env.render().copy())
         env.step(step % 6)
