@@ -890,8 +890,8 @@ TRACE_STEPS = 150  # 10 seconds of play
 TRACE_SPAN = 0.01  # the least that a trace spans, so that noise does not fill it
 BAR_SPAN = 1e-5  # the least that a full bar stands for: below lie rounding errors
 if not hasattr(cv2, "FontFace"):  # OpenCV 4 was installed over OpenCV 5
-    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: pip uninstall opencv-python,"
-             " then pip install --force-reinstall --no-deps opencv-python-headless")  # fmt: skip
+    advice = "pip uninstall opencv-python, then pip install --force-reinstall --no-deps opencv-python-headless"
+    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: {advice}")
 FONT = cv2.FontFace("sans")
 
 
@@ -1372,7 +1372,8 @@ def optimizer_options(device: torch.device) -> dict:
 
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
@@ -1391,7 +1392,9 @@ class CudaGraph:
     """
 
     def __init__(self, function):
-        self.function, self.graph, self.calls = function, None, 0
+        self.function = function
+        self.graph = None
+        self.calls = 0
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs: torch.Tensor):

@@ -193,7 +193,7 @@ def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypa
     args = Args(env_id="Breakout", num_envs=4, num_workers=0, learning_starts=400, buffer_size=1000)
     args.precision = "float32"
     args.total_timesteps, args.checkpoint_frequency, args.wandb_mode = 3000, 450, "disabled"
-    with pytest.raises(SystemExit, match="error: the loss became nan"):
+    with pytest.raises(SystemExit, match="error: td_loss became nan"):
         train(args, torch.device("cpu"), tmp_path, None)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert checkpoint["global_step"] == 452 and 20 < len(updates) < 200
@@ -236,7 +236,7 @@ def test_bad_checkpoints_end_with_one_sentence(recorded, tmp_path):
         (f"--resume {truncated}", "is damaged or no checkpoint"),
         (f"--evaluate {text}", "is damaged or no checkpoint"),
         (f"--resume {foreign}", "was written by C51, not by DQN"),
-        (f"--resume {files / 'model.pt'}", "has no replay: --resume needs a checkpoint.pt"),
+        (f"--resume {files / 'model.pt'}", "is no checkpoint: --resume needs a checkpoint.pt"),
         (f"--resume {files} --num-envs 8", "error: --num-envs cannot change on --resume: it was 4"),
         (f"--evaluate {files / 'model.pt'} --env-id Pong", "does not fit this script, or is damaged: size mismatch"),
     ):
