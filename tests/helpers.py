@@ -85,9 +85,9 @@ def random_batch(size=32, num_actions=2):
     generator = torch.Generator().manual_seed(3)
     frames = torch.randint(0, 256, (size, 5, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     actions = torch.randint(num_actions, (size,), generator=generator)
-    returns = torch.randn(size, generator=generator)
-    discounts = 0.99 * (torch.rand(size, generator=generator) < 0.8)
-    return frames[:, :STACK], actions, returns, frames[:, 1:], discounts
+    rewards = torch.randn(size, generator=generator)
+    terminated = torch.rand(size, generator=generator) >= 0.8
+    return frames[:, :STACK], actions, rewards, frames[:, 1:], terminated
 
 
 def state_frame(state: int) -> torch.Tensor:
