@@ -1529,7 +1529,8 @@ def optimizer_options(device: torch.device) -> dict:
 
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
@@ -1548,7 +1549,9 @@ class CudaGraph:
     """
 
     def __init__(self, function):
-        self.function, self.graph, self.calls = function, None, 0
+        self.function = function
+        self.graph = None
+        self.calls = 0
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs: torch.Tensor):
@@ -1739,7 +1742,7 @@ class Run:
         contents = load(path, resume=True)  # not before the workers fork: they would keep its disk space
         try:
             global_step = contents["global_step"]
-            run_id = contents["wandb_run_id"]
+            run_id = slug(contents["wandb_run_id"]) if contents["wandb_run_id"] else None
             self.agent.load_state_dict(contents["agent"])
             for name, part in self.parts.items():
                 part.load_state_dict(contents[name])
@@ -1749,7 +1752,7 @@ class Run:
                 say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
         except Exception as error:
             refuse(path, error)
-        return global_step, slug(run_id) if run_id else None
+        return global_step, run_id
 
     def check_step(self, global_step: int) -> None:
         """Raises an error unless the replay was filled in so many steps."""
@@ -1789,12 +1792,12 @@ class Run:
     def log(self, charts: dict[str, float], global_step: int) -> None:
         """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
         now = time.perf_counter()
-        charts = {"SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
-        metrics = {f"charts/{name}": value for name, value in charts.items()}
-        metrics |= {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
-        self.tracker.log(metrics, global_step)
-        recent = np.mean(self.returns) if self.returns else math.nan
-        self.bar.set_postfix({"return": recent} | charts, refresh=False)
+        charts = {"charts/SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        losses = {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
+        self.tracker.log(charts | losses, global_step)
+        shown = {name.split("/")[1]: value for name, value in charts.items()}
+        shown["return"] = np.mean(self.returns) if self.returns else math.nan
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
         self.clock = now
         self.clock_step = global_step
@@ -1937,7 +1940,8 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "random" not in contents:
+    is_checkpoint = "precision" in contents
+    if resume and not is_checkpoint:
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 
