@@ -578,6 +578,7 @@ class Atari(gym.Wrapper):
         self.ale = self.unwrapped.ale
         self.action_names = self.unwrapped.get_action_meanings()
         self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
+        self.fire_action = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
         self.max_episode_frames = args.max_episode_frames
         self.episodic_life = args.episodic_life
         self.sticky_actions = args.sticky_actions
@@ -611,8 +612,8 @@ class Atari(gym.Wrapper):
         if self.game_ended or seed is not None:
             self._start_game(seed)
         self.stack[:-1] = 0
-        if "FIRE" in self.action_names:
-            self._repeat_action(self.action_names.index("FIRE"))
+        if self.fire_action is not None:
+            self._repeat_action(self.fire_action)
             self.stack[:-1] = 0
             if self.game_ended:
                 return self.reset()
@@ -1574,7 +1575,7 @@ class Means:
         return self.sums
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.sums = {name: torch.zeros(2, device=self.device) for name in state}
+        self.sums = {name: torch.zeros(2, device=self.device) for name in state.keys()}
         fill(self.sums, state)
 
 

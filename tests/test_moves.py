@@ -143,7 +143,7 @@ def test_precision_is_found_anew(monkeypatch, tmp_path, script):
     for precision, agent in agents.items():
         other = agents["float32" if precision == "bfloat16" else "bfloat16"]
         agent.load_state_dict(through_a_file(other, tmp_path / precision))
-        for part in set(agent.state_dict()) - {"optimizer", "losses"}:
+        for part in set(agent.state_dict()) - {"optimizer", "metrics"}:
             for name, tensor in agent.state_dict()[part].items():
                 assert tensor.dtype == fresh[precision][part][name].dtype
                 torch.testing.assert_close(tensor.float(), other.state_dict()[part][name].float(), rtol=1e-2, atol=0)
@@ -182,16 +182,19 @@ def learned(request):
         ("optimizer/state/0/exp_avg", torch.zeros(1, 1, 1, 1)),
         ("optimizer/state/0/exp_avg_sq", torch.zeros(32, 4, 8, 8, dtype=torch.float64)),
         ("optimizer/state/0/more", torch.zeros(())),
-        ("losses", torch.zeros(1)),
-        ("losses", None),
-        ("losses", "many"),
+        ("metrics", torch.zeros(1)),
+        ("metrics", None),
+        ("metrics", "many"),
+        ("metrics", []),
+        ("metrics", {"td_loss": 1.0}),
+        ("metrics", {"td_loss": torch.zeros(3)}),
     ],
 )
 def test_state_that_is_not_sane_is_refused(learned, path, value):
     state = copy.deepcopy(learned.state_dict())
     learned.load_state_dict(state)
     spoil(state, path, value)
-    with pytest.raises((KeyError, RuntimeError, TypeError, ValueError)):
+    with pytest.raises((AttributeError, KeyError, RuntimeError, TypeError, ValueError)):
         learned.load_state_dict(state)
 
 
