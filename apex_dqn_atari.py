@@ -669,11 +669,11 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             # log, save, evaluate
             if passed(LOG_FREQUENCY):
                 charts = {
-                    "updates_per_second": (agent.updates - logged_updates) / (time.perf_counter() - run.clock),
-                    "learning_rate": args.learning_rate,
-                    "replay_size": replay.size,
-                    "weights_age": np.mean(weights_ages),
-                    "actors_waiting": np.mean(waiting),
+                    "charts/updates_per_second": (agent.updates - logged_updates) / (time.perf_counter() - run.clock),
+                    "charts/learning_rate": args.learning_rate,
+                    "charts/replay_size": replay.size,
+                    "charts/weights_age": np.mean(weights_ages),
+                    "charts/actors_waiting": np.mean(waiting),
                 }
                 run.log(charts, global_step)
                 logged_updates = agent.updates

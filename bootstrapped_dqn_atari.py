@@ -554,7 +554,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             # log, save, evaluate
             run.log_games(games, global_step)
             if passed(LOG_FREQUENCY):
-                charts = {"epsilon": epsilon.item(), "learning_rate": args.learning_rate}
+                charts = {"charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate}
                 run.log(charts, global_step)
             if passed(args.checkpoint_frequency):
                 run.save_checkpoint(global_step)
