@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import shutil
+import subprocess
 import sys
 import tokenize
 
@@ -100,6 +101,14 @@ def test_code_is_easy_on_the_eye(capsys):
             print(f"\n{name}: {tokens:,} code tokens, {per_line:.1f} a line", end="")
     assert max(per_line for _, per_line in figures.values()) <= 10
     assert figures["dqn_atari.py"][0] <= MOST_TOKENS
+
+
+@pytest.mark.parametrize("command", ["check", "format --check"])
+def test_code_is_formatted(command):
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", *command.split(), "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
 
 
 def test_algorithm_comes_first():
