@@ -56,7 +56,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
@@ -416,7 +416,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         """How many multiples of ``frequency`` the last step of all environments has reached."""
         return multiples(frequency, global_step - args.num_envs, global_step)
 
-    with run:
+    with run, closing(envs):
         while global_step < args.total_timesteps and not run.stop_signals:
             # act
             epsilon.fill_(linear_schedule(args.start_e, args.end_e, exploration_steps, global_step))
@@ -1666,7 +1666,6 @@ class Run:
 
     def __exit__(self, *error) -> None:
         self.bar.close()
-        self.parts["envs"].close()
         os.close(self.folder)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
 

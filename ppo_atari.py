@@ -59,7 +59,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -477,7 +477,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         """How many multiples of ``frequency`` the last iteration has reached."""
         return multiples(frequency, global_step - steps_per_iteration, global_step)
 
-    with run:
+    with run, closing(envs):
         while global_step < args.total_timesteps and not run.stopped:
             # play: the emulators of one half run while the policy computes for the other
             torch.set_num_threads(1)  # several wait for each other too long on cores that emulators use
@@ -1853,7 +1853,6 @@ class Run:
 
     def __exit__(self, *error) -> None:
         self.bar.close()
-        self.parts["envs"].close()
         if RANK == 0:
             os.close(self.folder)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
