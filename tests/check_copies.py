@@ -45,7 +45,8 @@ OWN = {
     " Overlay.note Overlay.render Run.check_step Run.log_games capture_learning train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS check_args EvaluationFlags.eval_epsilon"
     " AlgorithmFlags.learning_rate AlgorithmFlags.max_grad_norm"
-    " OUTCOME EnvSlice.step AtariVector.recv AtariVector.reset Run"
+    " OUTCOME EnvSlice.step AtariVector.reset"
+    " Run.start Run.load_checkpoint Run.save_checkpoint Run.evaluate Run.log_games Run.finish Run.__exit__"
     " Agent Overlay.new_game Overlay.note Overlay.render Overlay.draw_trace model evaluate train play main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}
