@@ -1332,7 +1332,11 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     returns = [episode["r"] for episode in episodes]
     mean = float(np.mean(returns))
     spread = float(np.std(returns))
-    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
+    length = np.mean([episode["l"] for episode in episodes])
+    result = f"step {global_step:,}: return {mean:,.1f}"
+    if len(episodes) > 1:
+        result += f" \u00b1 {spread:,.1f} over {len(episodes)} games"
+    say(f"{result}, {length:,.0f} steps a game")
     tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
     if recorder.count and not recorder.failed:
         tracker.log_video(video, recorder.still, global_step)
@@ -1393,7 +1397,7 @@ class Tracker:
             id=self.run_id,
             name=self.run_id,
             resume="allow",
-            config=asdict(args),
+            config=asdict(args) | {"game": args.env_id, "algorithm": ALGORITHM},
             save_code=True,
             settings=dict(init_timeout=30, program_abspath=script, program_relpath=os.path.basename(script)),
         )
@@ -1416,7 +1420,7 @@ class Tracker:
             say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
         os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # copies of the model: beside the record
         self.run_id = self.run.id
-        self.run.define_metric("global_step")
+        self.run.define_metric("global_step", hidden=True)  # an axis, not a chart
         self.run.define_metric("*", step_metric="global_step")
 
     def log(self, metrics: dict, global_step: int) -> None:
@@ -1734,7 +1738,8 @@ class Run:
         self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
         self.stop_signals = catch_signals()
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
-        self.clock = time.perf_counter()
+        self.speaks = self.bar.disable
+        self.clock = self.spoken = time.perf_counter()
         self.clock_step = global_step
         return global_step
 
@@ -1800,8 +1805,17 @@ class Run:
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
+        if self.speaks and now > self.spoken + 60:
+            self.spoken = now
+            self.say_progress(shown, global_step)
         self.clock = now
         self.clock_step = global_step
+
+    def say_progress(self, shown: dict[str, float], global_step: int) -> None:
+        """A line in a log that has no progress bar."""
+        hours = (self.args.total_timesteps - global_step) / shown["SPS"] / 3600
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left")
 
     def finish(self, global_step: int) -> None:
         """Saves what the run has come to and, after its last step, the model, and plays the last evaluation."""
@@ -1841,7 +1855,7 @@ def play(args: Args, device: torch.device, path: Path) -> int:
         agent.q_network.load_state_dict(contents["agent"]["q_network"])
     except Exception as error:
         refuse(path, error)
-    run_dir = make_run_dir(args)
+    run_dir = make_run_dir(args, ending="__eval")
     say(f"{args.env_id} on {device}, {agent.precision}: {run_dir}")
     tracker = Tracker(args, run_dir, job_type="eval")
     stop_signals = catch_signals()
@@ -1857,10 +1871,10 @@ def play(args: Args, device: torch.device, path: Path) -> int:
 LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
 
 
-def make_run_dir(args: Args) -> Path:
+def make_run_dir(args: Args, ending: str = "") -> Path:
     """Makes the folder of a run and returns its path; starts in the same second get different names."""
     start_time = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
+    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}{ending}"
     path = Path(args.run_dir) / name
     number = 1
     while True:

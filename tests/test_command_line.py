@@ -49,6 +49,7 @@ def test_wandb_record_is_complete(recorded):
     records = wandb_records(folder)
     of_type = {kind: [r[kind] for r in records if r["type"] == kind] for kind in {r["type"] for r in records}}
     config = of_type["run"][0]["config"]["update"]
+    assert (config["game"], config["algorithm"]) == ("Breakout", "DQN")
     assert (config["env_id"], config["seed"], config["gamma"], config["num_envs"]) == ("Breakout", 3, 0.99, 4)
     assert {metric.get("step_metric") for metric in of_type["metric"] if "glob_name" in metric} == {"global_step"}
     history = [item["item"] for item in of_type["history"]]

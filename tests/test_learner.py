@@ -206,3 +206,22 @@ def test_metrics_are_means_since_they_were_taken():
 @pytest.mark.parametrize("frequency, expected", [(0, 0), (1, 8), (4, 2), (5, 2), (8, 1), (17, 0), (100, 0)])
 def test_multiples_that_were_passed(frequency, expected):
     assert multiples(frequency, 8, 16) == expected
+
+
+def test_log_without_a_progress_bar_has_a_line_a_minute(monkeypatch, tmp_path, capsys):
+    args = Args(wandb_mode="disabled", total_timesteps=100_000)
+    clock = [0.0]
+    monkeypatch.setattr(dqn_atari.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(dqn_atari, "catch_signals", list)
+    run = dqn_atari.Run(args, tmp_path, make_agent(), {})
+    run.start(None)
+    with run:
+        for step in range(1000, 7000, 1000):
+            clock[0] += 25
+            run.log({"charts/epsilon": 0.5}, step)
+    lines = capsys.readouterr().out.splitlines()
+    figures = "SPS 40, epsilon 0.5, return nan"
+    assert lines == [
+        f"step 3,000 of 100,000: {figures}, 0.7 hours left",
+        f"step 6,000 of 100,000: {figures}, 0.7 hours left",
+    ]
