@@ -32,12 +32,19 @@ of copies of it, grayscale before the maximum of two frames instead of after it,
 after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even
 under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
-A good player's games of Atlantis never end: --max-episode-frames 2400000 cuts them off after 600,000 steps.
+In this order:
+
+    the flags        AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags
+    the algorithm    QNetwork, Replay, Agent, ActingHeads, train
+    the games        Atari, AtariVector
+    what you see     Overlay, Recorder, evaluate, Tracker
+    the machinery    devices and CUDA graphs, Run, checkpoints, checks of the flags, main
 """
+
+from __future__ import annotations
 
 import atexit
 import ctypes
-import difflib
 import io
 import math
 import multiprocessing
@@ -53,6 +60,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -77,81 +85,15 @@ except ImportError:  # Windows
     fcntl = None
 
 ALGORITHM = "Bootstrapped DQN"  # written into checkpoints: those of another algorithm are refused
+# on --resume
+FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_envs", "buffer_size", "full_action_space", "num_heads", "prior_scale")
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
-METRICS = ("td_loss", "q_values", "q_values_std", "vote_share")  # in losses/
-FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_envs", "buffer_size", "n_step", "full_action_space")  # on --resume
-FIXED_FLAGS += ("num_heads", "prior_scale")
-cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
-gym.register_envs(ale_py)
-ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-
-
-@dataclass
-class RunFlags:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run's name"""
-    seed: int = 1
-    """random seed"""
-    total_timesteps: int = 10_000_000
-    """steps of the whole run, of all games together; a step is 4 emulator frames"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic algorithms only"""
-    run_dir: str = "runs"
-    """folder in which each run gets a folder of its own"""
-    checkpoint_frequency: int = 500_000
-    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
-    resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
-
-
-@dataclass
-class WandbFlags:
-    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """where W&B records the run; auto is online if you have logged in, else offline"""
-    wandb_project_name: str = "watchrl"
-    """W&B project of the run"""
-    wandb_entity: str | None = None
-    """W&B team or user of the run; None is your own account"""
-    wandb_group: str | None = None
-    """W&B group of the run; None is one for each game and --exp-name"""
-
-
-@dataclass
-class EvaluationFlags:
-    evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
-    capture_video: bool = True
-    """make a video of the first game of each evaluation"""
-    video_length: int = 4500
-    """longest video in steps, 15 a second; 4500 are 5 minutes"""
-    eval_frequency: int = 500_000
-    """steps from one evaluation to the next; 0 evaluates only at the end"""
-    eval_episodes: int = 5
-    """games played in an evaluation"""
-    eval_epsilon: float = 0.01
-    """probability of a random action in an evaluation"""
-
-
-@dataclass
-class GameFlags:
-    env_id: str = "Breakout"
-    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
-    num_envs: int = 8
-    """games played side by side"""
-    num_workers: int | None = None
-    """processes that run the games; None is one for each core, 0 runs them in the main process"""
-    sticky_actions: float = 0.0
-    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
-    max_episode_frames: int = 108_000
-    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
-    episodic_life: bool = True
-    """end an episode of learning when a life is lost; the game goes on"""
-    full_action_space: bool = False
-    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
+STACK = 4  # frames in an observation
+HISTORY = STACK - 1  # frames of an observation that are older than the newest
+SIZE = 84  # height and width of a frame
+FRAME_SKIP = 4  # emulator frames in an agent step
+NOOP_MAX = 30  # most idle frames at the start of a game
+MAX_HEADS = 31  # that the overlay has room for
 
 
 @dataclass
@@ -159,13 +101,11 @@ class AlgorithmFlags:
     learning_rate: float = 6.25e-5
     """learning rate of Adam"""
     buffer_size: int = 1_000_000
-    """transitions in the replay, 7,066 bytes each: 7.1 GB for a million"""
+    """transitions in the replay, 7,062 bytes each and one for each head: 7.1 GB for a million"""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the replay lies; auto is the GPU, with CUDA, if there is room, else main memory"""
     gamma: float = 0.99
     """discount factor"""
-    n_step: int = 1
-    """rewards that a return adds up before it bootstraps"""
     batch_size: int = 32
     """transitions in an update"""
     target_network_frequency: int = 10_000
@@ -193,259 +133,459 @@ class AlgorithmFlags:
 
 
 @dataclass
-class Args(AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags):
-    """All flags. ``--help`` shows them in these groups."""
+class GameFlags:
+    env_id: str = "Breakout"
+    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
+    num_envs: int = 8
+    """games played side by side"""
+    num_workers: int | None = None
+    """processes that run the games; None is one for each core, 0 runs them in the main process"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
+    max_episode_frames: int = 108_000
+    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    episodic_life: bool = True
+    """end an episode of learning when a life is lost; the game goes on"""
+    full_action_space: bool = False
+    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
 
 
-def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
-
-    def read(words: list[str]) -> int:
-        value = float(words[0])
-        if not value.is_integer():
-            raise ValueError(f"{words[0]} is not a whole number")
-        return int(value)
-
-    if info.type is not int:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [f"{value:_}"],
-    )
+@dataclass
+class EvaluationFlags:
+    evaluate: str | None = None
+    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    capture_video: bool = True
+    """make a video of the first game of each evaluation"""
+    video_length: int = 4500
+    """longest video in steps, 15 a second; 4500 are 5 minutes"""
+    eval_frequency: int = 500_000
+    """steps from one evaluation to the next; 0 evaluates only at the end"""
+    eval_episodes: int = 5
+    """games played in an evaluation"""
+    eval_epsilon: float = 0.01
+    """probability of a random action in an evaluation"""
 
 
-def plain_switch(word: str) -> str:
-    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
-    flag, _, value = word.partition("=")
-    name = flag.lstrip("-").replace("-", "_")
-    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
-        return word
-    return flag if value.lower() == "true" else f"--no-{name}"
+@dataclass
+class WandbFlags:
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where W&B records the run; auto is online if you have logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """W&B project of the run"""
+    wandb_entity: str | None = None
+    """W&B team or user of the run; None is your own account"""
+    wandb_group: str | None = None
+    """W&B group of the run; None is one for each game and --exp-name"""
 
 
-def parse_args(default: Args | None = None) -> Args:
-    """The flags of the command line; those that are not given are as in ``default``.
+@dataclass
+class RunFlags:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, a part of the run's name"""
+    seed: int = 1
+    """random seed"""
+    total_timesteps: int = 10_000_000
+    """steps of the whole run, of all games together; a step is 4 emulator frames"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic algorithms only"""
+    run_dir: str = "runs"
+    """folder in which each run gets a folder of its own"""
+    checkpoint_frequency: int = 500_000
+    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    resume: str | None = None
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
 
-    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+
+@dataclass
+class Args(RunFlags, WandbFlags, EvaluationFlags, GameFlags, AlgorithmFlags):
+    """All flags. ``--help`` shows them in these groups, the algorithm's first."""
+
+
+# ---------------------------------------------------------------------------------------------------- network
+
+
+class QNetwork(nn.Module):
+    """``num_heads`` Q-functions on one trunk, that of Mnih et al. 2015, each with its own head and prior.
+
+    Observations uint8 [batch, 4, 84, 84] to Q-values float32 [batch, heads, actions]: what is learned plus
+    ``prior_scale`` times what ``prior`` says, a network of the same shape that is never trained (Osband et al. 2018).
+    ``dtype`` is the precision in which the trunk computes; its weights stay float32.
     """
-    groups = {
-        "algorithm": AlgorithmFlags,
-        "game": GameFlags,
-        "evaluation": EvaluationFlags,
-        "W&B": WandbFlags,
-        "run": RunFlags,
-    }
-    default = default or Args()
-    types, defaults = {}, {}
-    for title, group in groups.items():
-        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
-        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
-    registry = ConstructorRegistry()
-    registry.primitive_rule(whole_number)
-    parsed = tyro.cli(
-        TypedDict("Flags", types),
-        args=[plain_switch(word) for word in sys.argv[1:]],
-        default=defaults,
-        description=__doc__.splitlines()[0],
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=registry,
-    )
-    args = Args()
-    for group in parsed.values():
-        vars(args).update(vars(group))
-    if "" in (args.resume, args.evaluate):
-        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
-    if args.resume and args.evaluate:
-        sys.exit("error: --resume trains and --evaluate does not: give one of them")
-    args.env_id = game_name(args.env_id)
-    return args
+
+    def __init__(self, num_actions: int, num_heads: int, dtype=torch.float32, prior=None, prior_scale: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dtype = dtype
+        self.prior = prior
+        self.prior_scale = prior_scale
+        self.trunk = nn.Sequential(
+            nn.Conv2d(STACK, 32, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(),
+        )
+        self.trunk.to(memory_format=torch.channels_last)
+        self.heads = nn.Linear(512, num_heads * num_actions)  # all of them in one product
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        return self.learned(observations) + self.prior_values(observations)
+
+    def learned(self, observations: torch.Tensor) -> torch.Tensor:
+        mixed = self.dtype != torch.float32
+        with torch.autocast(observations.device.type, self.dtype, enabled=mixed):
+            pixels = observations.to(self.dtype) / 255
+            features = self.trunk(pixels)
+        features = features.float()
+        if features.requires_grad:  # the gradients of all heads meet here: divided by their number (2016)
+            features.register_hook(lambda gradient: gradient / self.num_heads)
+        return self.heads(features).unflatten(1, (self.num_heads, -1))
+
+    @torch.no_grad()
+    def prior_values(self, observations: torch.Tensor) -> torch.Tensor | float:
+        if self.prior is None:
+            return 0.0
+        return self.prior_scale * self.prior.learned(observations)
 
 
-def check_args(args: Args) -> None:
-    """Ends the program with one sentence if a flag is out of its range."""
-    ranges = [
-        ("total_timesteps video_length eval_episodes max_episode_frames", 1, 10**12),
-        ("checkpoint_frequency eval_frequency", 0, 10**12),
-        ("seed", 0, 2**31),
-        ("sticky_actions eval_epsilon", 0, 1),
-        ("num_envs", 1, 10_000),  # a game takes 1 MB
-        ("num_workers", 0, args.num_envs),
-        ("learning_rate exploration_fraction", 1e-12, 1),
-        ("gamma start_e end_e", 0, 1),
-        ("buffer_size", 1, 10**9),  # drawn from with numbers below 2**31
-        ("n_step", 1, 100),
-        ("batch_size", 1, 2**14),  # an update takes 0.4 MB for each
-        ("learning_starts", 0, 10**12),
-        ("train_frequency target_network_frequency", 1, 10**12),
-        ("num_heads", 1, 31),  # a mask is the bits of an int32
-        ("eval_head", 0, args.num_heads - 1),
-        ("mask_probability", 1e-12, 1),
-        ("prior_scale", 0, 1000),
-        ("max_grad_norm", 1e-12, 10**6),
-    ]
-    for names, low, high in ranges:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:  # nan is not in any range
-                flag = f"--{name.replace('_', '-')}"
-                sys.exit(f"error: {flag} is {value:,}: it must be between {low:,} and {high:,}")
-    rows = min(args.learning_starts // args.num_envs, args.buffer_size // args.num_envs - HISTORY)
-    usable = max(rows - args.n_step, 0) * args.num_envs
-    if args.batch_size > usable and not args.evaluate:
-        stored = f"the {usable} transitions that are stored when learning starts"
-        advice = "lower it, or raise --learning-starts and --buffer-size"
-        sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
+# ----------------------------------------------------------------------------------------------------- replay
 
 
-def device_types() -> list[str]:
-    """The kinds of device that this machine has, the fastest first."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return [accelerator.type, "cpu"] if accelerator else ["cpu"]
+class Batch(NamedTuple):
+    observations: torch.Tensor  # uint8 [batch, 4, 84, 84]
+    actions: torch.Tensor  # int64 [batch]
+    rewards: torch.Tensor  # float32 [batch]
+    next_observations: torch.Tensor  # uint8 [batch, 4, 84, 84]; arbitrary where terminated
+    terminated: torch.Tensor  # bool [batch]
+    masks: torch.Tensor  # bool [batch, heads], whether the head learns from the transition
 
 
-def find_device(name: str) -> torch.device:
-    """The device that ``--device`` means; ends the program if this machine has none such."""
-    usable = device_types()
-    try:
-        device = torch.device(usable[0] if name == "auto" else name)
-    except RuntimeError:
-        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
-    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
-        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
-    return device
+BYTES_PER_TRANSITION = SIZE * SIZE + 1 + 4 + 1 + MAX_HEADS  # frame, action, reward, end, mask
+RUNNING, TERMINATED, CUT = 0, 1, 2  # how an episode ended at a step, if it did: CUT is a truncation
 
 
-def find_precision(name: str, device: torch.device) -> str:
-    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
-    if name == "auto":
-        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
-    return name
+class Replay:
+    """The last ``capacity`` transitions, stored as single frames (Mnih et al. 2015) on ``device``.
 
+    Each array has one place for each environment and step: the newest frame of the observation, the action, the
+    reward and how the episode ended, if it did. The environments of a step lie side by side, the steps in a ring. A
+    sample gathers 5 frames around a step and blanks those from before the episode. Never drawn: a step whose
+    successor is not stored yet, one with a part of its frames overwritten, and one at which the episode was cut.
 
-def set_up_torch(args: Args, device: torch.device) -> None:
-    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def guard_streams() -> None:
-    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
-
-    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
-    file opened would take the number of a closed stream.
+    Which heads learn from a step is drawn when it is stored, each with ``mask_probability`` (Osband et al. 2016).
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
-            stream.reconfigure(errors="replace", line_buffering=True)
-            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
-            raw.write = lossy(raw.write)
+
+    ARRAYS = ("frames", "actions", "rewards", "ends", "masks")
+
+    def __init__(self, capacity: int, num_envs: int, device: torch.device, num_heads: int, mask_probability: float):
+        self.num_envs = num_envs
+        self.max_steps = capacity // num_envs
+        self.capacity = self.max_steps * num_envs
+        self.device = device
+        self.frames = blank_frames((self.capacity, SIZE, SIZE), device)
+        self.actions = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        self.rewards = torch.zeros(self.capacity, dtype=torch.float32, device=device)
+        self.ends = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        self.masks = torch.zeros((self.capacity, num_heads), dtype=torch.bool, device=device)
+        self.num_heads = num_heads
+        self.mask_probability = mask_probability
+        self.num_steps = 0
+        self.num_steps_on_device = torch.zeros((), dtype=torch.int64, device=device)  # read inside the CUDA graph
+
+    def add(self, frames, actions, rewards, terminated, truncated) -> None:
+        """Stores one step of all environments; ``frames`` (uint8 [num_envs, 84, 84]) are those acted on."""
+        first = self.num_steps % self.max_steps * self.num_envs
+        places = slice(first, first + self.num_envs)
+        self.frames[places] = frames
+        self.actions[places] = actions
+        self.rewards[places] = rewards
+        self.ends[places] = torch.where(terminated, TERMINATED, truncated * CUT)
+        draws = torch.rand(self.num_envs, self.num_heads, device=self.device)
+        self.masks[places] = draws < self.mask_probability
+        self.num_steps += 1
+        self.num_steps_on_device += 1
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draws valid transitions uniformly, with replacement, without waiting for the device."""
+        newest = self.num_steps_on_device - 1  # its successor is not stored yet
+        oldest = (self.num_steps_on_device - self.max_steps + HISTORY).clamp(min=0)
+        # The device alone knows these bounds, so draws come from a range so large that the remainder favours none.
+        # Cuts are rare: of 8 draws for each place in the batch, enough are valid.
+        draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device)
+        draws = oldest * self.num_envs + draws % ((newest - oldest) * self.num_envs)
+        is_cut = self.ends.take(draws % self.capacity) == CUT
+        valid_first = is_cut.byte().argsort(stable=True)
+        draws = draws[valid_first[:batch_size]]
+
+        offsets = torch.arange(-HISTORY, 2, device=self.device) * self.num_envs
+        places = (draws[:, None] + offsets) % self.capacity  # [batch, 5]: 3 steps before, the drawn one, its successor
+        frames = self.frames.index_select(0, places.flatten())  # many times faster than self.frames[places]
+        frames = frames.unflatten(0, places.shape)
+        running = self.ends.take(places) == RUNNING
+        same_episode = torch.ones_like(running[:, 0])
+        for i in reversed(range(HISTORY)):  # an end blanks its own frame and those before it
+            same_episode = same_episode & running[:, i]
+            frames[:, i] *= same_episode[:, None, None]
+
+        drawn = places[:, HISTORY]
+        return Batch(
+            observations=frames[:, :STACK],
+            actions=self.actions.take(drawn).long(),
+            rewards=self.rewards.take(drawn),
+            next_observations=frames[:, 1:],
+            terminated=self.ends.take(drawn) == TERMINATED,
+            masks=self.masks.index_select(0, drawn),
+        )
+
+    def state_dict(self) -> dict:
+        """The filled part of the arrays; on the CPU these are views, not copies."""
+        filled = min(self.num_steps * self.num_envs, self.capacity)
+        state = {"num_steps": self.num_steps}
+        for name in self.ARRAYS:
+            array = getattr(self, name)[:filled].cpu()
+            state[name] = torch.from_numpy(array.numpy())  # else torch.save would write the whole array
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises an error unless the state is of such a replay."""
+        num_steps = state["num_steps"]
+        if type(num_steps) is not int or not 0 <= num_steps < 2**62:
+            raise ValueError(f"num_steps is {num_steps}")
+        filled = min(num_steps * self.num_envs, self.capacity)
+        for name in self.ARRAYS:
+            fill(getattr(self, name)[:filled], state[name])
+        self.num_steps = num_steps
+        self.num_steps_on_device.fill_(num_steps)
 
 
-def lossy(write):
-    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
-
-    def write_or_lose(data) -> int:
-        try:
-            return write(data) or len(data)  # None: a pipe is full and does not block
-        except OSError:
-            return len(data)
-
-    return write_or_lose
+# ------------------------------------------------------------------------------------------------------ agent
 
 
-def say(text: str, file=None) -> None:
-    """Prints a line beside the progress bar, to stdout unless another stream is given."""
-    tqdm.write(text, file=file)
+def decide(q_values: np.ndarray, head: int | None) -> tuple[np.ndarray, int]:
+    """The votes for each action, int64 [actions], of Q-values float32 [heads, actions], and the greedy action.
 
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def catch_signals() -> list[int]:
-    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
-
-    Those that are ignored stay so: nohup and scripts have their reasons.
+    Each head votes for its best action. Most votes win, and among equals the higher mean Q-value; or ``head`` decides.
     """
-    caught = []
-
-    def catch(number: int, _) -> None:
-        if not caught:
-            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
-            with suppress(OSError):
-                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
-        caught.append(number)
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, catch)
-    return caught
+    best = q_values.argmax(1)
+    votes = np.bincount(best, minlength=q_values.shape[1])
+    if head is not None:
+        return votes, int(best[head])
+    values_of_leaders = np.where(votes == votes.max(), q_values.mean(0), -np.inf)
+    return votes, int(values_of_leaders.argmax())
 
 
-def run_main() -> None:
-    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
+class Agent:
+    """Q-network, target network and optimizer."""
 
-    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
-    """
-    guard_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
-    exit_code = main()
-    if exit_code > 128:
-        signal.signal(exit_code - 128, signal.SIG_DFL)
-        atexit._run_exitfuncs()
-        signal.raise_signal(exit_code - 128)
-    sys.exit(exit_code)
+    PARTS = ("q_network", "target_network", "optimizer", "metrics")  # of a checkpoint
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device):
+        self.args = args
+        self.num_actions = num_actions
+        self.device = device
+        self.precision = find_precision(args.precision, device)
+        dtype = getattr(torch, self.precision)
+        prior = None
+        if args.prior_scale:
+            prior = QNetwork(num_actions, args.num_heads, dtype).requires_grad_(False)
+            prior.trunk.to(dtype)
+        self.q_network = QNetwork(num_actions, args.num_heads, dtype, prior, args.prior_scale).to(device)
+        self.target_network = QNetwork(num_actions, args.num_heads, dtype, prior, args.prior_scale).to(device)
+        self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
+        self.update_target()
+        options = optimizer_options(device)
+        self.optimizer = torch.optim.Adam(self.q_network.parameters(), args.learning_rate, **options)
+        self.metrics = Means(device)
+
+    @torch.no_grad()
+    def act(self, observations: torch.Tensor, epsilon: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Epsilon-greedy actions, int64 [num_envs], each environment's by its head of ``heads`` (int64 [num_envs])."""
+        greedy = self.q_network(observations).argmax(2)
+        greedy = greedy.gather(1, heads[:, None]).squeeze(1)
+        random = torch.randint_like(greedy, self.num_actions)
+        explore = torch.rand(greedy.shape, device=self.device) < epsilon
+        return torch.where(explore, random, greedy)
+
+    def update(self, observations, actions, rewards, next_observations, terminated, masks) -> None:
+        """One step on the squared TD errors of a ``Batch``, each head's with its own double-Q target.
+
+        A transition's loss is the mean over the heads that learn from it, 0 if none does.
+        """
+        with torch.no_grad():
+            next_prior = self.q_network.prior_values(next_observations)  # the two networks have it in common
+            best = (self.q_network.learned(next_observations) + next_prior).argmax(2, keepdim=True)
+            next_values = self.target_network.learned(next_observations) + next_prior
+            next_values = next_values.gather(2, best).squeeze(2)  # [batch, heads]
+            td_target = rewards[:, None] + self.args.gamma * next_values * ~terminated[:, None]
+        all_values = self.q_network(observations)  # [batch, heads, actions]
+        q_values = all_values.take_along_dim(actions[:, None, None], 2).squeeze(2)
+        losses = masks * (q_values - td_target) ** 2
+        loss = (losses.sum(1) / masks.sum(1).clamp(min=1)).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.q_network.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.metrics.add({"td_loss": loss, "q_values": q_values})
+        self.compare_heads(all_values, losses, masks)
+
+    @torch.no_grad()
+    def compare_heads(self, q_values: torch.Tensor, losses: torch.Tensor, masks: torch.Tensor) -> None:
+        """Adds to the metrics how far the heads disagree, and the mean loss of each over what it learned from."""
+        votes = F.one_hot(q_values.argmax(2), self.num_actions).sum(1)  # int64 [batch, actions]
+        head_losses = losses.sum(0) / masks.sum(0).clamp(min=1)
+        metrics = {
+            "q_values_std": q_values.std(1, correction=0),
+            "vote_share": votes.amax(1) / self.args.num_heads,
+            "td_loss_std": head_losses.std(correction=0),
+        }
+        for head, head_loss in enumerate(head_losses):
+            metrics[f"td_loss_head_{head}"] = head_loss
+        self.metrics.add(metrics)
+
+    def update_target(self) -> None:
+        self.target_network.load_state_dict(self.q_network.state_dict())
+
+    @torch.no_grad()
+    def think(self, observation: torch.Tensor) -> tuple[tuple[np.ndarray, int | None], int]:
+        """What the overlay shows of one observation, and the greedy action.
+
+        That is the Q-values, float32 [heads, actions], and the head that decides, None if all vote.
+        """
+        q_values = self.q_network(observation[None])[0]
+        q_values = q_values.cpu().numpy()
+        _, action = decide(q_values, self.args.eval_head)
+        return (q_values, self.args.eval_head), action
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.q_network.load_state_dict(state["q_network"])
+        self.target_network.load_state_dict(state["target_network"])
+        load_moments(self.optimizer, state["optimizer"])
+        self.metrics.load_state_dict(state["metrics"])
 
 
-# ------------------------------------------------------------------------------------------- Atari environment
+class ActingHeads:
+    """The head that each environment follows for a whole game (Osband et al. 2016)."""
 
-STACK = 4  # frames in an observation
-HISTORY = STACK - 1  # frames of an observation that are older than the newest
-SIZE = 84  # height and width of a frame
-FRAME_SKIP = 4  # emulator frames in an agent step
-NOOP_MAX = 30  # most idle frames at the start of a game
+    def __init__(self, num_heads: int, num_envs: int, device: torch.device):
+        self.num_heads = num_heads
+        self.of_env = torch.randint(num_heads, (num_envs,), device=device)
 
+    def draw(self, env: int) -> None:
+        """Draws the head of the environment's next game."""
+        self.of_env[env] = torch.randint(self.num_heads, ())
 
-def game_name(env_id: str) -> str:
-    """'Breakout' for 'Breakout', 'ALE/Breakout-v5' and 'BreakoutNoFrameskip-v4'.
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"of_env": self.of_env}
 
-    Ends the program with the closest names if there is no such game.
-    """
-    games = [name.removeprefix("ALE/").removesuffix("-v5") for name in gym.registry if name.startswith("ALE/")]
-    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
-    if name not in games:
-        close = difflib.get_close_matches(name, games) or ["Breakout", "Pong"]
-        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close)}?")
-    return name
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        fill(self.state_dict(), state)
 
 
-def unwrap(reward: float) -> float:
-    """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
+# --------------------------------------------------------------------------------------------------- training
 
-    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
-    no other reason.
-    """
-    for limit in (1e5, 1e6, 1e7):
-        if -limit < reward <= -0.9 * limit:
-            return reward + limit
-    return reward
+
+def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> float:
+    slope = (end_e - start_e) / duration
+    return max(start_e + slope * t, end_e)
+
+
+def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
+    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
+    keep_freed_memory()
+    envs = AtariVector(args)  # forks, so before the lock, threads and CUDA
+    set_up_torch(args, device)
+    agent = Agent(args, envs.num_actions, device)
+    replay_device = find_replay_device(args, device)
+    replay = Replay(args.buffer_size, args.num_envs, replay_device, args.num_heads, args.mask_probability)
+    heads = ActingHeads(args.num_heads, args.num_envs, device)
+    run = Run(args, run_dir, agent, {"replay": replay, "envs": envs, "heads": heads})
+    global_step = run.start(resume)
+    if not resume:
+        envs.reset(args.seed)
+    observations = upload(envs.observations, device)
+
+    act = capture(agent.act, device)
+    learn = capture_learning(args, agent, replay)
+    epsilon = torch.zeros((), device=device)
+    exploration_steps = args.exploration_fraction * args.total_timesteps
+
+    def passed(frequency: int) -> int:
+        """How many multiples of ``frequency`` the last step of all environments has reached."""
+        return multiples(frequency, global_step - args.num_envs, global_step)
+
+    with run:
+        while global_step < args.total_timesteps and not run.stop_signals:
+            # act
+            epsilon.fill_(linear_schedule(args.start_e, args.end_e, exploration_steps, global_step))
+            actions = act(observations, epsilon, heads.of_env)
+            envs.send(actions.cpu().numpy())
+            global_step += args.num_envs
+
+            # learn while the emulators run
+            if global_step > args.learning_starts:
+                for _ in range(passed(args.train_frequency)):
+                    learn()
+                if passed(args.target_network_frequency):
+                    agent.update_target()
+
+            # store
+            next_observations, rewards, terminated, truncated, games = envs.recv()
+            outcome = (upload(x, replay.device) for x in (rewards, terminated, truncated))
+            replay.add(observations[:, -1], actions, *outcome)
+            observations = upload(next_observations, device)
+
+            # follow another head in the next game
+            for game in games:
+                head = heads.of_env[game["env"]].item()
+                run.tracker.log({"heads/acting": head, f"heads/episodic_return_{head}": game["r"]}, global_step)
+                heads.draw(game["env"])
+
+            # log, save, evaluate
+            run.log_games(games, global_step)
+            if passed(LOG_FREQUENCY):
+                charts = {"epsilon": epsilon.item(), "learning_rate": args.learning_rate}
+                run.log(charts, global_step)
+            if passed(args.checkpoint_frequency):
+                run.save_checkpoint(global_step)
+            if passed(args.eval_frequency) and global_step < args.total_timesteps:
+                run.evaluate(global_step)
+        run.finish(global_step)
+    return run.exit_code
+
+
+def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], None]:
+    """A function that makes one update from the replay: on CUDA one graph, with the sampling if the replay is there."""
+    update = capture(agent.update, agent.device)
+
+    def learn() -> None:
+        agent.update(*replay.sample(args.batch_size))
+
+    def learn_from_main_memory() -> None:
+        batch = replay.sample(args.batch_size)
+        update(*(upload(x, agent.device) for x in batch))
+
+    if replay.device == agent.device:
+        return capture(learn, agent.device)
+    return learn_from_main_memory
+
+
+# =============================================================================================================
+#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+# =============================================================================================================
+
+
+# ------------------------------------------------------------------------------------------------ Atari games
 
 
 class Atari(gym.Wrapper):
@@ -455,18 +595,19 @@ class Atari(gym.Wrapper):
     views that the next ``step`` or ``reset`` overwrites. A frame is the maximum of the last two of 4 emulator frames
     in ALE's grayscale, resized by area. Rewards are clipped to their sign. When a game ends, ``info["episode"]`` has
     its true return ``r``, its length ``l`` in agent steps, and ``unique_frames``, the share of its frames that had
-    not occurred before in it: it falls when an agent farms one reward in a loop.
+    not occurred before in it: it falls when the picture stands still.
 
     An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
     at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
     is such an action.
 
-    Another environment in its place needs the same methods, and ``game``, ``action_names``, ``stack``, ``lives``,
-    ``game_ended``, ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
+    A class that takes its place (see ``Game``) needs ``reset``, ``step``, ``state_dict``, ``load_state_dict``,
+    ``screen``, ``find_game``, ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``stack``,
+    ``lives``, ``game_ended``, ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
     """
 
     def __init__(self, args: Args):
-        self.game = game_name(args.env_id)
+        self.game = self.find_game(args.env_id)
         env = gym.make(
             f"ALE/{self.game}-v5",
             obs_type="grayscale",
@@ -480,8 +621,8 @@ class Atari(gym.Wrapper):
         self.ale = self.unwrapped.ale
         self.action_names = self.unwrapped.get_action_meanings()
         self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
-        self.fire_action = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
-        self.max_episode_frames, self.episodic_life = args.max_episode_frames, args.episodic_life
+        self.max_episode_frames = args.max_episode_frames
+        self.episodic_life = args.episodic_life
         self.sticky_actions = args.sticky_actions
         self.last_action = ale_py.Action.NOOP  # the action of the last emulator frame
         self.observation_space = gym.spaces.Box(0, 255, (STACK, SIZE, SIZE), np.uint8)
@@ -489,42 +630,63 @@ class Atari(gym.Wrapper):
         self.recording = False  # set it before ``reset``
         self.colors = np.zeros((*self.screens.shape, 3), np.uint8)  # the same in RGB, while recording
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
-        self.game_ended, self.lives = True, 0
-        self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
+        self.game_ended = True
+        self.lives = 0
+        self.episode_return = 0.0
+        self.episode_length = 0
+        self.frames_seen = set()
+
+    @staticmethod
+    def find_game(env_id: str) -> str:
+        """'Breakout' for 'Breakout', 'ALE/Breakout-v5' and 'BreakoutNoFrameskip-v4'.
+
+        Ends the program if there is no such game.
+        """
+        game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
+        try:
+            gym.spec(f"ALE/{game}-v5")
+        except gym.error.Error as error:
+            sys.exit(f"error: --env-id {env_id} is no game here: {error}")
+        return game
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
         if self.game_ended or seed is not None:
-            self.env.reset(seed=seed)
-            for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-                self.ale.act(ale_py.Action.NOOP)
-                if self.ale.game_over(with_truncation=False):
-                    self.env.reset()
-            self.ale.getScreenGrayscale(self.screens[0])
-            self.screens[1] = 0
-            self.colors[:] = self.ale.getScreenRGB()
-            self.last_action = ale_py.Action.NOOP
-            self.game_ended = False
-            self.episode_return, self.episode_length = 0.0, 0
-            self.frames_seen.clear()
-            self._push_frame()
+            self._start_game(seed)
         self.stack[:-1] = 0
-        if self.fire_action is not None:
-            self._repeat_action(self.fire_action)
+        if "FIRE" in self.action_names:
+            self._repeat_action(self.action_names.index("FIRE"))
             self.stack[:-1] = 0
             if self.game_ended:
                 return self.reset()
         self.lives = self.ale.lives()
         return self.stack, {}
 
+    def _start_game(self, seed: int | None) -> None:
+        self.env.reset(seed=seed)
+        for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
+            self.ale.act(ale_py.Action.NOOP)
+            if self.ale.game_over(with_truncation=False):
+                self.env.reset()
+        self.ale.getScreenGrayscale(self.screens[0])
+        self.screens[1] = 0
+        self.colors[:] = self.ale.getScreenRGB()
+        self.last_action = ale_py.Action.NOOP
+        self.game_ended = False
+        self.episode_return = 0.0
+        self.episode_length = 0
+        self.frames_seen.clear()
+        self._push_frame()
+
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Repeats the action for 4 emulator frames; the reward is the sign of their sum."""
         reward = self._repeat_action(action)
         lives = self.ale.lives()
-        # some games show 0 lives for a few frames before they end: those are no new episode
-        life_lost, self.lives = 0 < lives < self.lives, lives
+        life_lost = 0 < lives < self.lives  # some games show 0 lives for a few frames before they end
+        self.lives = lives
         terminated = self.game_ended or (self.episodic_life and life_lost)
-        truncated = not self.game_ended and self.ale.getEpisodeFrameNumber() >= self.max_episode_frames
+        at_limit = self.ale.getEpisodeFrameNumber() >= self.max_episode_frames
+        truncated = at_limit and not self.game_ended
         self.game_ended |= truncated
         info = {}
         if self.game_ended:
@@ -554,20 +716,23 @@ class Atari(gym.Wrapper):
             self.game_ended = self.ale.game_over(with_truncation=False)
             if self.game_ended:
                 break
-            if frame >= FRAME_SKIP - 2:
-                self.ale.getScreenGrayscale(self.screens[FRAME_SKIP - 1 - frame])
-        if reward < 0:
-            reward = unwrap(reward)
+            if frame == FRAME_SKIP - 2:
+                self.ale.getScreenGrayscale(self.screens[1])
+            elif frame == FRAME_SKIP - 1:
+                self.ale.getScreenGrayscale(self.screens[0])
+        reward = unwrap(reward)
         self.episode_return += reward
         self.episode_length += 1
         self._push_frame()
         return reward
 
     def _push_frame(self) -> None:
-        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
+        latest = self.screens[0]
+        newest = self.stack[-1]
+        np.maximum(latest, self.screens[1], out=latest)
         self.stack[:-1] = self.stack[1:]
-        cv2.resize(self.screens[0], (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
-        self.frames_seen.add(zlib.crc32(self.stack[-1]))  # a collision in every dozenth of the longest games
+        cv2.resize(latest, (SIZE, SIZE), dst=newest, interpolation=cv2.INTER_AREA)
+        self.frames_seen.add(zlib.crc32(newest))  # two frames collide in every dozenth of the longest games
 
     def state_dict(self) -> dict:
         """All that the rest of the game depends on, as plain values: torch's threads do not survive the fork."""
@@ -593,8 +758,8 @@ class Atari(gym.Wrapper):
             raise ValueError("the emulator's state is damaged or of another game") from None
         self.np_random.bit_generator.state = state["random"]
         self.last_action = ale_py.Action(state["last_action"])
-        self.screens[:] = np.frombuffer(state["screens"], np.uint8).reshape(self.screens.shape)
-        self.stack[:] = np.frombuffer(state["stack"], np.uint8).reshape(self.stack.shape)
+        for array, name in ((self.screens, "screens"), (self.stack, "stack")):
+            array[:] = np.frombuffer(state[name], np.uint8).reshape(array.shape)
         self.frames_seen = set(np.frombuffer(state["frames_seen"], np.uint32).tolist())
         self.game_ended = bool(state["game_ended"])
         self.lives = int(state["lives"])
@@ -606,28 +771,47 @@ class Atari(gym.Wrapper):
                 raise ValueError(f"{name} is damaged or of another game")
 
 
+Game = Atari  # the environment of this script: another class can stand here
+
+
+def unwrap(reward: float) -> float:
+    """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
+
+    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
+    no other reason.
+    """
+    for limit in (1e5, 1e6, 1e7):
+        if -limit < reward <= -0.9 * limit:
+            return reward + limit
+    return reward
+
+
 # -------------------------------------------------------------------------------------- vector of environments
+
+# what a step of one environment brought, in memory that all processes share
+OUTCOME = np.dtype(
+    [
+        ("observation", np.uint8, (STACK, SIZE, SIZE)),
+        ("reward", np.float32),
+        ("terminated", np.bool_),
+        ("truncated", np.bool_),
+    ],
+    align=True,
+)
 
 
 class EnvSlice:
-    """The environments that one process steps, one after another, on their rows of the shared arrays."""
+    """The environments that one process steps, one after another, and their places among the shared outcomes."""
 
-    def __init__(self, args: Args, first: int, last: int, buffers: dict[str, tuple]):
-        self.first, self.envs = first, [Atari(args) for _ in range(first, last)]
-        self.arrays = {name: array[first:last] for name, array in as_arrays(buffers).items()}
+    def __init__(self, args: Args, first: int, last: int, memory):
+        self.first = first
+        self.envs = [Game(args) for _ in range(first, last)]
+        self.outcomes = np.frombuffer(memory, OUTCOME)[first:last]
 
     def send(self, message: tuple[str, list]) -> None:
-        """Calls the method named first with the argument that follows; ``recv`` returns the result, as a pipe does.
-
-        What is wrong with a state that cannot be loaded is a result too, a ValueError.
-        """
+        """Calls the method named first with the argument that follows; ``recv`` returns the result, as a pipe does."""
         method, argument = message
-        try:
-            self.result = getattr(self, method)(argument)
-        except Exception as error:
-            if method != "load_state_dict":
-                raise
-            self.result = error if isinstance(error, ValueError) else ValueError(repr(error))
+        self.result = getattr(self, method)(argument)
 
     def recv(self):
         return self.result
@@ -636,47 +820,50 @@ class EnvSlice:
         pass
 
     def reset(self, seeds: list[tuple[int, int]]) -> None:
-        for env, seed, observation in zip(self.envs, seeds, self.arrays["observations"]):
-            observation[:] = env.reset(seed=derive_seed(*seed))[0]
+        for i, env in enumerate(self.envs):
+            self.outcomes["observation"][i], _ = env.reset(seed=derive_seed(*seeds[i]))
 
     def step(self, actions: list[int]) -> list[dict]:
         """Steps every environment and starts its next episode when one ends; returns the games that ended."""
-        games, a = [], self.arrays
-        for i, (env, action) in enumerate(zip(self.envs, actions)):
-            observation, a["rewards"][i], terminated, truncated, info = env.step(action)
-            a["terminated"][i], a["truncated"][i] = terminated, truncated
-            if truncated:
-                a["final_observations"][i] = observation
-            a["observations"][i] = env.reset()[0] if terminated or truncated else observation
-            games += [info["episode"] | {"env": self.first + i}] if info else []
+        games = []
+        for i, env in enumerate(self.envs):
+            observation, reward, terminated, truncated, info = env.step(actions[i])
+            if info:
+                games.append(info["episode"] | {"env": self.first + i})
+            if terminated or truncated:
+                observation, _ = env.reset()
+            self.outcomes[i] = (observation, reward, terminated, truncated)
         return games
 
     def state_dict(self, _) -> list[dict]:
         return [env.state_dict() for env in self.envs]
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        for env, state, observation in zip(self.envs, states, self.arrays["observations"]):
-            env.load_state_dict(state)
-            observation[:] = env.stack
+    def load_state_dict(self, states: list[dict]) -> ValueError | None:
+        """Returns what is wrong with the states, if they cannot be loaded."""
+        try:
+            for i, env in enumerate(self.envs):
+                env.load_state_dict(states[i])
+                self.outcomes["observation"][i] = env.stack
+        except ValueError as error:
+            return error
+        except Exception as error:
+            return ValueError(repr(error))
 
 
 def derive_seed(*numbers: int) -> int:
     """A seed made of several numbers: seeds 1 and 2 have no games in common, as ``seed + i`` would."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1)
+    return int(seed)
 
 
-def as_arrays(buffers: dict[str, tuple]) -> dict[str, np.ndarray]:
-    return {name: np.frombuffer(raw, dtype).reshape(shape) for name, (raw, dtype, shape) in buffers.items()}
-
-
-def work(pipe, inherited: list, make_slice, *share) -> None:
+def work(pipe, inherited: list, *share) -> None:
     """Body of a worker process: serves a slice until the main process closes the pipe or dies."""
     for number in STOP_SIGNALS:  # terminals and job schedulers signal every process: the main one decides,
         signal.signal(number, signal.SIG_IGN)  # and needs the games for its checkpoint
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
-        envs = make_slice(*share)
+        envs = EnvSlice(*share)
         while True:
             envs.send(pipe.recv())
             pipe.send(envs.recv())
@@ -687,45 +874,41 @@ def work(pipe, inherited: list, make_slice, *share) -> None:
 
 
 class AtariVector:
-    """``num_envs`` games, split over worker processes that share one set of arrays with the learner.
+    """``num_envs`` games, split over worker processes that share one array of outcomes with the learner.
 
     ``send`` starts a step and ``recv`` ends it, so that the learner works while the emulators run. A life or game
     that ends is followed at once by the next, whose first observation is then in ``observations``. With
     ``num_workers`` 0 the games run in this process. Create it before CUDA, threads or W&B start, since it forks.
     """
 
-    make_slice = EnvSlice  # what each process makes of its share
-
     def __init__(self, args: Args):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        num_workers = min(cores, args.num_envs) if args.num_workers is None else args.num_workers
-        self.num_envs, self.num_actions = args.num_envs, int(Atari(args).action_space.n)
-        context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-        buffers = {}
-        for name, dtype, shape in (
-            ("observations", np.uint8, (args.num_envs, STACK, SIZE, SIZE)),
-            ("rewards", np.float32, (args.num_envs,)),
-            ("terminated", np.bool_, (args.num_envs,)),
-            ("truncated", np.bool_, (args.num_envs,)),
-            ("final_observations", np.uint8, (args.num_envs, STACK, SIZE, SIZE)),
-        ):
-            buffers[name] = (context.RawArray("B", math.prod(shape) * np.dtype(dtype).itemsize), dtype, shape)
-        self.arrays = as_arrays(buffers)
-        self.bounds = [args.num_envs * i // max(num_workers, 1) for i in range(max(num_workers, 1) + 1)]
-        self.pipes, self.workers = [], []
+        self.num_envs = args.num_envs
+        self.num_actions = int(Game(args).action_space.n)
+        num_workers = min(count_cores(), args.num_envs) if args.num_workers is None else args.num_workers
+        num_slices = max(num_workers, 1)
+        self.bounds = [args.num_envs * i // num_slices for i in range(num_slices + 1)]
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        memory = context.RawArray("B", args.num_envs * OUTCOME.itemsize)
+        self.outcomes = np.frombuffer(memory, OUTCOME)
+        self.observations = self.outcomes["observation"]
+        self.pipes = []
+        self.workers = []
         atexit.register(self.close)
         for first, last in zip(self.bounds, self.bounds[1:]):
-            share = (args, first, last, buffers)
+            share = (args, first, last, memory)
             if num_workers == 0:
-                self.pipes.append(self.make_slice(*share))
-                continue
-            pipe, child_pipe = context.Pipe()
-            self.pipes.append(pipe)
-            arguments = (child_pipe, self.pipes, self.make_slice, *share)
-            worker = context.Process(target=work, args=arguments, daemon=True)
-            worker.start()
-            child_pipe.close()  # so that the death of the worker closes the pipe
-            self.workers.append(worker)
+                self.pipes.append(EnvSlice(*share))
+            else:
+                self._start_worker(context, share)
+
+    def _start_worker(self, context, share: tuple) -> None:
+        pipe, child_pipe = context.Pipe()
+        self.pipes.append(pipe)
+        inherited = self.pipes if context.get_start_method() == "fork" else []
+        worker = context.Process(target=work, args=(child_pipe, inherited, *share), daemon=True)
+        worker.start()
+        child_pipe.close()  # so that the death of the worker closes the pipe
+        self.workers.append(worker)
 
     def send(self, actions: np.ndarray) -> None:
         """Starts a step with ``actions`` (int64 [num_envs])."""
@@ -734,33 +917,29 @@ class AtariVector:
     def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[dict]]:
         """Waits for the step: observations, rewards, terminated, truncated (views) and the games that ended.
 
-        A game is its ``info["episode"]`` with the number of its environment, ``env``. The last observation of a
-        truncated episode is in ``arrays["final_observations"]``.
+        A game is its ``info["episode"]`` with the number of its environment, ``env``.
         """
         games = self._recv()
-        return *(self.arrays[name] for name in ("observations", "rewards", "terminated", "truncated")), games
+        outcomes = self.outcomes
+        return self.observations, outcomes["reward"], outcomes["terminated"], outcomes["truncated"], games
 
-    def reset(self, seed: int, first: int = 0) -> np.ndarray:
-        """Starts a new game everywhere; returns the observations.
-
-        ``first`` is the number of the first environment, if these are a share of all that have this ``seed``.
-        """
-        self._send("reset", [(seed, first + i) for i in range(self.num_envs)])
+    def reset(self, seed: int) -> np.ndarray:
+        """Starts a new game everywhere; returns the observations."""
+        self._send("reset", [(seed, i) for i in range(self.num_envs)])
         self._recv()
-        return self.arrays["observations"]
+        return self.observations
 
     def state_dict(self) -> list[dict]:
         """The states of all environments; not between ``send`` and ``recv``."""
         self._send("state_dict", [None] * self.num_envs)
         return self._recv()
 
-    def load_state_dict(self, states: list[dict]) -> np.ndarray:
+    def load_state_dict(self, states: list[dict]) -> None:
         """Goes on where the states were taken; raises a ValueError if they are damaged or of other games."""
         if len(states) != self.num_envs:
             raise ValueError(f"there are {len(states)} games, not {self.num_envs}")
         self._send("load_state_dict", states)
         self._recv()
-        return self.arrays["observations"]
 
     def close(self) -> None:
         """Ends the workers; also called when the program ends."""
@@ -774,8 +953,9 @@ class AtariVector:
     def _send(self, method: str, items: list) -> None:
         """Starts a method of every slice on its share of ``items``, one for each environment."""
         for i, pipe in enumerate(self.pipes):
+            share = items[self.bounds[i] : self.bounds[i + 1]]
             try:
-                pipe.send((method, items[self.bounds[i] : self.bounds[i + 1]]))
+                pipe.send((method, share))
             except OSError:
                 self._fail(i)
 
@@ -794,390 +974,19 @@ class AtariVector:
         return results
 
     def _fail(self, i: int) -> None:
-        worker, games = self.workers[i], f"{self.bounds[i]} to {self.bounds[i + 1] - 1}"
+        worker = self.workers[i]
         worker.join(timeout=5)
-        sys.exit(f"error: environment worker {i} (process {worker.pid}, environments {games}) died with exit code"
-                 f" {worker.exitcode}: go on from the last checkpoint with --resume")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- network
-
-
-class QNetwork(nn.Module):
-    """``num_heads`` Q-functions on one trunk, that of Mnih et al. 2015, each with its own head and prior.
-
-    Observations uint8 [batch, 4, 84, 84] to Q-values float32 [batch, heads, actions], what is learned plus
-    ``prior_scale`` times those of ``prior``, a network of the same shape that is never trained (Osband et al. 2018).
-    ``dtype`` is the precision in which the trunk computes; its weights stay float32.
-    """
-
-    def __init__(self, num_actions: int, num_heads: int, dtype=torch.float32, prior=None, prior_scale: float = 0.0):
-        super().__init__()
-        self.num_heads, self.dtype, self.prior_scale = num_heads, dtype, prior_scale
-        self.trunk = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, stride=4),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 512),
-            nn.ReLU(),
-        ).to(memory_format=torch.channels_last)
-        self.heads = nn.Linear(512, num_heads * num_actions)  # all of them in one product
-        self.prior = prior
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        images = self.scale(observations)
-        return self.learned(images) + self.prior_values(images)
-
-    def scale(self, observations: torch.Tensor) -> torch.Tensor:
-        """Observations as ``learned`` and ``prior_values`` take them: several networks can share the work."""
-        return (observations.to(self.dtype) / 255).contiguous(memory_format=torch.channels_last)
-
-    def learned(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.trunk(images)
-        features = features.float()
-        if features.requires_grad:  # all heads' gradients meet in the trunk: each is divided by their number (2016)
-            features.register_hook(lambda gradient: gradient / self.num_heads)
-        return self.heads(features).unflatten(1, (self.num_heads, -1))
-
-    @torch.no_grad()
-    def prior_values(self, images: torch.Tensor) -> torch.Tensor | float:
-        return self.prior_scale * self.prior.learned(images) if self.prior else 0.0
-
-
-# ----------------------------------------------------------------------------------------------------- replay
-
-
-class Batch(NamedTuple):
-    observations: torch.Tensor  # uint8 [batch, 4, 84, 84]
-    actions: torch.Tensor  # int64 [batch]
-    returns: torch.Tensor  # float32 [batch], sum of gamma^k r_(t+k) over n steps, up to the end of the episode
-    next_observations: torch.Tensor  # uint8 [batch, 4, 84, 84], n steps later; arbitrary where discounts are 0
-    discounts: torch.Tensor  # float32 [batch], gamma^n, or 0 where the episode terminated within the n steps
-    masks: torch.Tensor  # float32 [batch, heads], 1 where the head learns from the transition, else 0
-
-
-BYTES_PER_TRANSITION = SIZE * SIZE + 1 + 4 + 1 + 4  # frame, action, reward, end, masks
-TERMINATED, CUT = 1, 2  # how an episode ended at a step: with its last reward, or cut off by truncation
-
-
-class Replay:
-    """The last ``capacity`` transitions, stored as single frames (Mnih et al. 2015) on ``device``.
-
-    Row ``s % rows`` of each array holds step ``s`` of all environments: the newest frame of the observation, the
-    action, the reward and how the episode ended, if it did. A sample gathers the 4 + n frames around a step and
-    blanks those from before the episode. Never drawn: a step whose n successors are not stored yet, one with a
-    part of its frames overwritten, and one whose n-step return runs into a truncation.
-
-    Which heads learn from a step is drawn when it is stored, each with ``mask_probability`` (Osband et al. 2016),
-    and kept as the bits of an integer.
-    """
-
-    ARRAYS = ("frames", "actions", "rewards", "ends", "masks")
-
-    def __init__(self, capacity: int, num_envs: int, n_step: int, gamma: float, device: torch.device,
-                 num_heads: int, mask_probability: float):  # fmt: skip
-        self.rows, self.num_envs = capacity // num_envs, num_envs
-        self.n_step, self.gamma, self.device = n_step, gamma, device
-        shape = (self.rows, num_envs)
-        self.frames = blank_frames((*shape, SIZE, SIZE), device)
-        self.actions = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.rewards = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.ends = torch.zeros(shape, dtype=torch.uint8, device=device)
-        self.masks = torch.zeros(shape, dtype=torch.int32, device=device)
-        self.mask_probability, self.bits = mask_probability, torch.arange(num_heads, device=device)
-        self.num_steps = 0
-        self.num_steps_on_device = torch.zeros((), dtype=torch.int64, device=device)  # read inside the CUDA graph
-
-    def add(self, frames, actions, rewards, terminated, truncated) -> None:
-        """Stores one step of all environments; ``frames`` (uint8 [num_envs, 84, 84]) are those acted on."""
-        row = self.num_steps % self.rows
-        self.frames[row], self.actions[row], self.rewards[row] = frames, actions, rewards
-        self.ends[row] = torch.where(terminated, TERMINATED, truncated * CUT)
-        learns = torch.rand(self.num_envs, len(self.bits), device=self.device) < self.mask_probability
-        self.masks[row] = (learns << self.bits).sum(1)
-        self.num_steps += 1
-        self.num_steps_on_device += 1
-
-    def sample(self, batch_size: int) -> Batch:
-        """Draws valid transitions uniformly, with replacement, without waiting for the device."""
-        high = self.num_steps_on_device - self.n_step
-        low = (self.num_steps_on_device - self.rows + HISTORY).clamp(min=0)
-        # Truncations are rare: of 8 draws for each place in the batch, enough are valid. Drawn in a range so large
-        # that the remainder favours none, since the bounds are known only to the device.
-        draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device) % ((high - low) * self.num_envs)
-        steps, envs = low + draws // self.num_envs, draws % self.num_envs
-        ends = self._window(self.ends, steps, envs, 0, self.n_step)
-        invalid = ((ends == CUT) & self._alive(ends)).any(1)
-        chosen = invalid.byte().argsort(stable=True)[:batch_size]
-        steps, envs, ends = steps[chosen], envs[chosen], ends[chosen]
-
-        frames = self._window(self.frames, steps, envs, -HISTORY, self.n_step + 1)
-        ended = self._window(self.ends, steps, envs, -HISTORY, 0) > 0
-        same_episode = (~ended).flip(1).cumprod(1).flip(1)  # no end between this older frame and the newest one
-        frames[:, :HISTORY] *= same_episode[:, :, None, None].to(torch.uint8)
-
-        rewards = self._window(self.rewards, steps, envs, 0, self.n_step)
-        powers = self.gamma ** torch.arange(self.n_step, device=self.device)
-        return Batch(
-            observations=frames[:, :STACK],
-            actions=self._window(self.actions, steps, envs, 0, 1).squeeze(1).long(),
-            returns=(rewards * powers * self._alive(ends)).sum(1),
-            next_observations=frames[:, self.n_step :],
-            discounts=self.gamma**self.n_step * (ends != TERMINATED).all(1),
-            masks=(self._window(self.masks, steps, envs, 0, 1) >> self.bits & 1).float(),
+        name = (
+            f"environment worker {i} (process {worker.pid}, environments {self.bounds[i]} to {self.bounds[i + 1] - 1})"
         )
-
-    def _window(self, array, steps, envs, start: int, stop: int) -> torch.Tensor:
-        """Entries of the steps ``start`` to ``stop - 1`` after each of ``steps``: [batch, stop - start, ...]."""
-        rows = (steps[:, None] + torch.arange(start, stop, device=self.device)) % self.rows
-        indices = rows * self.num_envs + envs[:, None]  # index_select is many times faster than array[rows, envs]
-        return array.flatten(0, 1).index_select(0, indices.flatten()).unflatten(0, rows.shape)
-
-    @staticmethod
-    def _alive(ends: torch.Tensor) -> torch.Tensor:
-        """Whether the episode still runs at each step of [batch, n]: no termination at an earlier one."""
-        terminated = ends == TERMINATED
-        return terminated.cumsum(1) - terminated.long() == 0
-
-    def state_dict(self) -> dict:
-        """The filled part of the arrays; on the CPU these are views, not copies."""
-        filled = min(self.num_steps, self.rows)
-        arrays = {name: getattr(self, name)[:filled].cpu() for name in self.ARRAYS}
-        # torch.save writes whole storages: through numpy, the slice is one of its own
-        return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()} | {"num_steps": self.num_steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Raises an error unless the state is of such a replay."""
-        num_steps = state["num_steps"]
-        if type(num_steps) is not int or not 0 <= num_steps < 2**62:
-            raise ValueError(f"num_steps is {num_steps}")
-        filled = min(num_steps, self.rows)
-        for name in self.ARRAYS:
-            fill(getattr(self, name)[:filled], state[name])
-        self.num_steps = num_steps
-        self.num_steps_on_device.fill_(self.num_steps)
+        sys.exit(f"error: {name} died with exit code {worker.exitcode}: go on from the last checkpoint with --resume")
 
 
-def blank_frames(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Zeros, uint8. In main memory they take space as they are written to; ``torch.zeros`` would take it at once."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=torch.uint8, device=device)
-    try:
-        return torch.from_numpy(np.zeros(shape, np.uint8))
-    except MemoryError:
-        needed = f"{math.prod(shape) / 1e9:.1f} GB"
-        sys.exit(f"error: the replay needs {needed}, more than this process may have (ulimit): lower --buffer-size")
-
-
-def free_memory(device: torch.device, root: str = "/") -> float:
-    """Bytes that a replay or rollout may take on ``device``.
-
-    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
-    cgroups = Path(root, "proc/self/cgroup")
-    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
-        for level in (folder, *folder.parents):
-            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
-                text = file.read_text().strip() if file.is_file() else "max"
-                limits += [int(text)] if text.isdigit() else []
-    return min(limits) - 1e9  # 1 GB for the program and the games
-
-
-def check_memory(flag: str, needed: float, device: torch.device) -> None:
-    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
-    free = max(free_memory(device), 0)
-    if needed > free:
-        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
-
-
-def find_replay_device(args: Args, device: torch.device) -> torch.device:
-    """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
-
-    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
-    """
-    if args.replay_device == "cuda" and device.type != "cuda":
-        sys.exit(f"error: --replay-device cuda is not for a learner on {device}: leave it out")
-    main_memory = torch.device("cpu")
-    needed = args.buffer_size * BYTES_PER_TRANSITION
-    check_memory(f"--buffer-size {args.buffer_size}", needed, main_memory)
-    if device.type != "cuda" or args.replay_device == "cpu":
-        return main_memory
-    if args.replay_device == "cuda":
-        check_memory(f"--buffer-size {args.buffer_size}", needed, device)
-    return device if needed <= free_memory(device) else main_memory
-
-
-# ---------------------------------------------------------------------------------------------------- learner
-
-
-def decide(q_values: np.ndarray, head: int | None) -> tuple[np.ndarray, int]:
-    """The votes for each action, int64 [actions], of Q-values float32 [heads, actions], and the greedy action.
-
-    Each head votes for its best action. Most votes win, and among equals the higher mean Q-value; or ``head`` decides.
-    """
-    best = q_values.argmax(1)
-    votes = np.bincount(best, minlength=q_values.shape[1])
-    winner = np.where(votes == votes.max(), q_values.mean(0), -np.inf).argmax()
-    return votes, int(winner if head is None else best[head])
-
-
-class Agent:
-    """Q-network, target network and optimizer. On CUDA, ``act`` and ``update`` are captured as graphs."""
-
-    def __init__(self, args: Args, num_actions: int, device: torch.device):
-        self.num_actions = num_actions
-        self.precision = find_precision(args.precision, device)
-        dtype = getattr(torch, self.precision)
-        prior = QNetwork(num_actions, args.num_heads, dtype).requires_grad_(False) if args.prior_scale else None
-        self.q_network = QNetwork(num_actions, args.num_heads, dtype, prior, args.prior_scale).to(device)
-        self.target_network = QNetwork(num_actions, args.num_heads, dtype, prior, args.prior_scale).to(device)
-        for network in (self.target_network, prior) if prior else (self.target_network,):
-            network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
-        self.update_target()
-        options = {"fused": True, "capturable": device.type == "cuda"} if device.type != "mps" else {}
-        self.optimizer = torch.optim.Adam(self.q_network.parameters(), args.learning_rate, **options)
-        self.max_grad_norm, self.eval_head = args.max_grad_norm, args.eval_head
-        # sums over the updates since the last log: METRICS, count, of each head its losses and their number
-        self.losses = torch.zeros(len(METRICS) + 1 + 2 * args.num_heads, device=device)
-
-    @torch.no_grad()
-    def act(self, observations: torch.Tensor, epsilon: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        """Epsilon-greedy actions, int64 [num_envs], each environment's by its head of ``heads`` (int64 [num_envs])."""
-        greedy = self.q_network(observations).argmax(2).gather(1, heads[:, None]).squeeze(1)
-        explore = torch.rand(greedy.shape, device=greedy.device) < epsilon
-        return torch.where(explore, torch.randint_like(greedy, self.num_actions), greedy)
-
-    @torch.no_grad()
-    def think(self, observation: torch.Tensor) -> tuple[tuple[np.ndarray, int | None], int]:
-        """What the overlay shows of one observation and the greedy action.
-
-        That is the Q-values, float32 [heads, actions], and the head that decides, None if all vote.
-        """
-        q_values = self.q_network(observation[None])[0].cpu().numpy()
-        return (q_values, self.eval_head), decide(q_values, self.eval_head)[1]
-
-    def update(self, *batch: torch.Tensor) -> None:
-        """One step on the squared TD errors of a ``Batch``, each head's with its own double-Q target.
-
-        A transition's loss is the mean over the heads that learn from it, 0 if none does.
-        """
-        observations, actions, returns, next_observations, discounts, masks = batch
-        images, next_images = self.q_network.scale(observations), self.q_network.scale(next_observations)
-        with torch.no_grad():
-            next_prior = self.q_network.prior_values(next_images)  # the two networks have it in common
-            best = (self.q_network.learned(next_images) + next_prior).argmax(2, keepdim=True)
-            next_values = (self.target_network.learned(next_images) + next_prior).gather(2, best).squeeze(2)
-            td_targets = returns[:, None] + discounts[:, None] * next_values
-        q_values = self.q_network.learned(images) + self.q_network.prior_values(images)
-        taken = q_values.take_along_dim(actions[:, None, None], 2).squeeze(2)
-        losses = masks * (taken - td_targets) ** 2  # [batch, heads]
-        loss = (losses.sum(1) / masks.sum(1).clamp(min=1)).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.q_network.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        with torch.no_grad():
-            std = q_values.std(1, correction=0).mean()
-            votes = F.one_hot(q_values.argmax(2), self.num_actions).sum(1)  # [batch, actions]
-            metrics = torch.stack([loss, taken.mean(), std, votes.amax(1).float().mean() / masks.shape[1]])
-            self.losses += torch.cat([metrics, torch.ones_like(metrics[:1]), losses.sum(0), masks.sum(0)])
-
-    def update_target(self) -> None:
-        self.target_network.load_state_dict(self.q_network.state_dict())
-
-    def mean_losses(self) -> dict[str, float]:
-        """Means since ``losses`` was last set to zero; ends the program if the loss is not finite."""
-        sums, head_sums = self.losses.cpu().tensor_split([len(METRICS) + 1])
-        *sums, count = sums.tolist()
-        if not math.isfinite(sums[0]):
-            sys.exit(f"error: the loss became {sums[0]}: go on from the last checkpoint with a lower --learning-rate")
-        if not count:
-            return {}
-        head_losses, head_counts = head_sums.view(2, -1)
-        head_losses = head_losses / head_counts.clamp(min=1)
-        metrics = {f"losses/{name}": total / count for name, total in zip(METRICS, sums)}
-        metrics |= {f"heads/td_loss_{head}": loss for head, loss in enumerate(head_losses.tolist())}
-        return metrics | {"losses/td_loss_std": head_losses.std(correction=0).item()}
-
-    def state_dict(self) -> dict:
-        parts = ("q_network", "target_network", "optimizer")
-        return {name: getattr(self, name).state_dict() for name in parts} | {"losses": self.losses}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.q_network.load_state_dict(state["q_network"])
-        self.target_network.load_state_dict(state["target_network"])
-        load_moments(self.optimizer, state["optimizer"])
-        fill(self.losses, state["losses"])
-
-
-def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
-    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
-    if isinstance(ours, dict):
-        if set(ours) != set(saved):
-            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
-        for name, tensor in ours.items():
-            fill(tensor, saved[name])
-    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
-        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
-    else:
-        ours.copy_(saved)
-
-
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
-    if saved["state"] and not optimizer.state:
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
-        optimizer.zero_grad()
-    fill(optimizer.state_dict()["state"], saved["state"])
-
-
-class CudaGraph:
-    """Calls ``function`` three times as it is, then captures it and replays it as one CUDA graph.
-
-    Capture needs those calls to warm up cuDNN and the optimizer; they count like any other. Inputs are copied into
-    fixed tensors; each call overwrites the outputs of the one before.
-    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    """
-
-    def __init__(self, function):
-        self.function, self.graph, self.calls = function, None, 0
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor):
-        if self.calls < 3:
-            self.calls += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.graph is None:
-            self.inputs = [x.clone() for x in inputs]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
-        for fixed, x in zip(self.inputs, inputs):
-            fixed.copy_(x, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
-
-
-def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of ``array`` on the device; on CUDA it is made without waiting."""
-    tensor = torch.as_tensor(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone().to(device)
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 # -------------------------------------------------------------------------------------- overlay and recorder
@@ -1186,14 +995,13 @@ GROUND = (18, 19, 23)
 TEXT = (236, 237, 240)
 QUIET = (139, 143, 151)  # words that stand back
 GRID = (52, 55, 62)
-BAR = (86, 110, 142)
+LOWEST = np.array((28, 31, 38))  # the shades of a Q-value
+HIGHEST = np.array((84, 128, 186))
+VOTE = (236, 237, 240)
 GREEDY = (80, 176, 240)  # the action that the network prefers
 CHOSEN = (255, 196, 92)  # the action taken
 GAIN = (112, 200, 104)  # a reward
 LOSS = (232, 92, 92)  # a penalty
-LOWEST = np.array((28, 31, 38))
-HIGHEST = np.array((84, 128, 186))
-VOTE = (236, 237, 240)
 TRACE_STEPS = 150  # 10 seconds of play
 TRACE_SPAN = 0.01  # the least that a trace spans, so that noise does not fill it
 BAR_SPAN = 1e-5  # the least that a full bar stands for: below lie rounding errors
@@ -1230,7 +1038,7 @@ def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
 class Overlay(gym.Wrapper):
     """Draws the game beside what the network thinks of it, 960x630, RGB.
 
-    Call ``think`` with the values of the state before each ``step``; ``render`` then returns the picture of that
+    Call ``note`` with the values of the state before each ``step``; ``render`` then returns the picture of that
     state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, which
     nobody thought about. Drawing is left to ``render``: steps that are not recorded cost nothing.
     """
@@ -1262,7 +1070,7 @@ class Overlay(gym.Wrapper):
         observation, reward, terminated, self.truncated, info = self.env.step(action)
         return observation, reward, terminated, self.truncated, info
 
-    def think(self, thoughts: tuple[np.ndarray, int | None], action: int) -> None:
+    def note(self, thoughts: tuple[np.ndarray, int | None], action: int) -> None:
         """Notes the heads' Q-values (float [heads, actions]) of the current state and the action about to be taken.
 
         With them comes the head that decides, None if all vote.
@@ -1271,8 +1079,8 @@ class Overlay(gym.Wrapper):
         self.votes, self.greedy = decide(q_values, self.head)
         self.q_values = q_values.astype(np.float64)
         self.action = action
-        voices = self.q_values if self.head is None else self.q_values[self.head : self.head + 1]
-        self.values.append(float(voices[:, self.greedy].mean()))
+        values = self.q_values[:, self.greedy]
+        self.values.append(float(values.mean() if self.head is None else values[self.head]))
         self.disagreements.append(float(self.q_values.std(0).mean()))
         self.returns.append(self.env.episode_return)
 
@@ -1281,6 +1089,7 @@ class Overlay(gym.Wrapper):
         if self.env.game_ended:
             self.draw_end()
         else:
+            self.draw_decision(top=88)
             self.draw_heads(top=114, bottom=402)
         self.draw_trace(self.values, "V(s), last 10 s", GREEDY, top=438, bottom=480)
         self.draw_trace(self.disagreements, "std of Q over heads", VOTE, top=512, bottom=554)
@@ -1304,49 +1113,33 @@ class Overlay(gym.Wrapper):
         outcome = f"return {self.env.episode_return:,.0f} after {self.env.episode_length:,} steps"
         self.text(outcome, self.LEFT, 232, QUIET, 18)
 
-    def draw_heads(self, top: int, bottom: int) -> None:
-        """A map of the Q-values, a column for each head with a dot on the action that it votes for.
+    def draw_decision(self, top: int) -> None:
+        """The greedy action, who prefers it and whether it is taken."""
+        num_heads = len(self.q_values)
+        who = "the vote is for" if self.head is None else f"head {self.head} plays"
+        agreed = f"{self.votes[self.greedy]} of {num_heads} agree"
+        taken = "taken" if self.action == self.greedy else "exploring"
+        self.text(f"{who} {self.env.action_names[self.greedy]}, {agreed}", self.LEFT, top, GREEDY, 14, 600)
+        self.text(taken, self.RIGHT, top, CHOSEN, 14, right=True)
 
-        Its shades are the distances from the head's mean, which the prior makes a different one for each head.
-        """
+    def draw_heads(self, top: int, bottom: int) -> None:
+        """A row for each action: a map of the heads' Q-values, the votes and the mean Q-value."""
         num_heads, num_actions = self.q_values.shape
-        pitch = min(36, (bottom - top) // num_actions)
-        size = min(15, pitch - 3)
         left = self.LEFT + 130
         width = min(22, 198 // num_heads)
-        who = "the vote is for" if self.head is None else f"head {self.head} plays"
-        agreed = f"{who} {self.env.action_names[self.greedy]}, {self.votes[self.greedy]} of {num_heads} agree"
-        taken = "taken" if self.action == self.greedy else "exploring"
-        self.text(agreed, self.LEFT, top - 26, GREEDY, 14, 600)
-        self.text(taken, self.RIGHT, top - 26, CHOSEN, 14, right=True)
+        height = min(36, (bottom - top) // num_actions)
+        size = min(15, height - 3)
         self.text("Q(s, a) of head", self.LEFT, top - 5, QUIET, 12)
         self.text("votes", self.LEFT + 362, top - 5, VOTE, 12, right=True)
         self.text("mean Q", self.RIGHT, top - 5, QUIET, 12, right=True)
-        with np.errstate(all="ignore"):
-            advantages = self.q_values - self.q_values.mean(1, keepdims=True)
-            low, high = finite_range(advantages, BAR_SPAN)
-            shades = np.nan_to_num((advantages - low) / (high - low)).clip(0, 1)[:, :, None]
-        colors = ((1 - shades) * LOWEST + shades * HIGHEST).round().tolist()
-        for head in range(num_heads):
-            x = left + head * width
-            if num_heads <= 10:  # longer numbers do not fit
-                color, weight = (CHOSEN, 600) if head == self.head else (QUIET, 400)
-                self.text(str(head), x + width // 2 - 4, top - 5, color, 12, weight)
-            for i, color in enumerate(colors[head]):
-                y = top + i * pitch
-                self.box(x, y + 1, x + width - 2, y + pitch - 2, color)
-        for head, i in enumerate(self.q_values.argmax(1).tolist()):
-            center = (left + head * width + width // 2 - 1, top + i * pitch + pitch // 2)
-            cv2.circle(self.canvas, center, min(4, width // 2 - 1), VOTE, -1, cv2.LINE_AA)
-        if self.head is not None:
-            x = left + self.head * width
-            self.box(x - 1, top, x + width - 1, top + num_actions * pitch - 1, CHOSEN, 1)
+        self.draw_map(left, top, width, height)
         for i, value in enumerate(self.q_values.mean(0).tolist()):
-            y = top + i * pitch
-            baseline = y + (pitch + size) // 2 - 2
+            y = top + i * height
+            baseline = y + (height + size) // 2 - 2
+            color = QUIET
             if i == self.action:
-                self.box(left - 4, y - 1, left + num_heads * width + 2, y + pitch, CHOSEN, 2)
-            color = TEXT if i == self.action else QUIET
+                self.box(left - 4, y - 1, left + num_heads * width + 2, y + height, CHOSEN, 2)
+                color = TEXT
             if i == self.greedy:
                 color = GREEDY
             weight = 400 if color == QUIET else 600
@@ -1354,6 +1147,36 @@ class Overlay(gym.Wrapper):
             if self.votes[i]:
                 self.text(str(self.votes[i]), self.LEFT + 352, baseline, color, size, 600, right=True)
             self.text(number(value), self.RIGHT, baseline, color, size, weight, right=True)
+
+    def draw_map(self, left: int, top: int, width: int, height: int) -> None:
+        """A column for each head, a cell of ``width`` and ``height`` for each action, a dot on the one it votes for."""
+        colors = self.shades()
+        for head, best in enumerate(self.q_values.argmax(1).tolist()):
+            x = left + head * width
+            middle = x + width // 2 - 1
+            plays = head == self.head
+            if len(colors) <= 10:  # longer numbers do not fit
+                color = CHOSEN if plays else QUIET
+                self.text(str(head), middle - 3, top - 5, color, 12, 600 if plays else 400)
+            for i, color in enumerate(colors[head]):
+                y = top + i * height
+                self.box(x, y + 1, x + width - 2, y + height - 2, color)
+            center = (middle, top + best * height + height // 2)
+            cv2.circle(self.canvas, center, min(4, width // 2 - 1), VOTE, -1, cv2.LINE_AA)
+            if plays:
+                self.box(x - 1, top, x + width - 1, top + len(colors[head]) * height - 1, CHOSEN, 1)
+
+    def shades(self) -> list:
+        """A color for each Q-value, [heads, actions, 3], by its distance from the head's mean.
+
+        The prior makes that mean a different one for each head.
+        """
+        with np.errstate(all="ignore"):
+            advantages = self.q_values - self.q_values.mean(1, keepdims=True)
+            low, high = finite_range(advantages, BAR_SPAN)
+            shades = np.nan_to_num((advantages - low) / (high - low)).clip(0, 1)
+        colors = LOWEST + shades[:, :, None] * (HIGHEST - LOWEST)
+        return colors.round().tolist()
 
     def draw_trace(self, values: deque, title: str, color: tuple, top: int, bottom: int) -> None:
         """Values of the last seconds; a line at a state is the reward that its action brought."""
@@ -1411,12 +1234,10 @@ class Recorder:
         self.path = path
         self.length = length  # most pictures
         self.count = 0  # pictures written
-        self.still = None  # one of the last of them
+        self.active = length > 0  # whether more pictures are wanted
+        self.failed = False
+        self.still = None  # one of the last pictures
         self.ffmpeg = None
-
-    @property
-    def active(self) -> bool:
-        return self.count < self.length
 
     def write(self, env: Overlay) -> None:
         """Adds one picture of ``env``, unless the video is closed, has failed or has its full length."""
@@ -1438,6 +1259,7 @@ class Recorder:
             if self.count % 100 == 0:
                 self.still = picture.copy()
             self.count += 1
+            self.active = self.count < self.length
 
     def start(self, picture: np.ndarray) -> None:
         from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
@@ -1458,7 +1280,7 @@ class Recorder:
 
     def close(self) -> None:
         """Ends the video; pictures that come later are left out."""
-        self.length = self.count
+        self.active = False
         if self.ffmpeg:
             _, complaint = self.ffmpeg.communicate()
             if self.ffmpeg.returncode:
@@ -1468,202 +1290,60 @@ class Recorder:
 
     def fail(self, reason) -> None:
         say(f"warning: no video {self.path}: {reason}", file=sys.stderr)
-        self.length = self.count = 0
+        self.active = False
+        self.failed = True
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-# never taken from a file, which may be a stranger's: paths, addresses and accounts
-LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder of a run and returns its path; starts in the same second get different names."""
-    start_time = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
-    path = Path(args.run_dir) / name
-    number = 1
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            number += 1
-            path = path.with_name(f"{name}-{number}")
-        except OSError as error:
-            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
+    """Plays whole games, records the first, prints and logs the results.
 
-
-def lock(run_dir: Path) -> int:
-    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
-
-    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
-    and would keep the lock of a main process that died.
+    All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
+    ends it early, without results.
     """
-    if fcntl is None:
-        return os.open(os.devnull, os.O_RDONLY)
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
-    except OSError:  # a file system without locks
-        pass
-    for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
-        half_written.unlink()
-    return folder
+    game = Game(args)
+    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    rng = np.random.default_rng([args.seed, global_step])
+    video = run_dir / "videos" / f"{global_step:010d}.mp4"
+    recorder = Recorder(video, args.video_length if args.capture_video else 0)
+    game.recording = recorder.active
+    episodes = []
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    while len(episodes) < args.eval_episodes and not stopped():
+        thoughts, action = agent.think(upload(observation, agent.device))
+        if rng.random() < args.eval_epsilon:
+            action = int(rng.integers(env.action_space.n))
+        env.note(thoughts, action)
+        recorder.write(env)
+        observation, _, terminated, truncated, info = env.step(action)
+        if info:  # the end of the game is the last picture
+            recorder.write(env)
+            recorder.close()
+            episodes.append(info["episode"])
+        game.recording = recorder.active
+        if terminated or truncated:
+            observation, _ = env.reset()
+    recorder.close()
+    if len(episodes) < args.eval_episodes:
+        return
+    returns = [episode["r"] for episode in episodes]
+    mean = float(np.mean(returns))
+    spread = float(np.std(returns))
+    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
+    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
+    if recorder.count and not recorder.failed:
+        tracker.log_video(video, recorder.still, global_step)
 
 
-def save(path: Path, contents: dict) -> bool:
-    """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-        with open(beside, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        return True
-    except (OSError, RuntimeError) as error:
-        disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
-        reason = disk_error or error
-        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
-        with suppress(OSError):
-            beside.unlink()
-        return False
+def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
+    """The charts of games that have ended, each the mean over them."""
+    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
+    return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
 
 
-def header(args: Args, global_step: int) -> dict:
-    """What every checkpoint and every model begins with."""
-    script = Path(__file__).name
-    flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
-    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
-
-
-def model(args: Args, agent: Agent, global_step: int) -> dict:
-    """What ``--evaluate`` needs."""
-    return header(args, global_step) | {"agent": {"q_network": agent.q_network.state_dict()}}
-
-
-def load(path: Path, part: str) -> dict:
-    """Opens a checkpoint or a model; ends the program if it is missing, of another algorithm or lacks ``part``.
-
-    Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
-    """
-    if not path.is_file():
-        sys.exit(f"error: there is no file {path}")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        algorithm = contents["algorithm"]
-    except Exception:
-        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
-    if algorithm != ALGORITHM:
-        sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if part not in contents:
-        sys.exit(f"error: {path} has no {part}: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
-    return contents
-
-
-def refuse(path: Path, error: Exception) -> NoReturn:
-    """Ends the program: what is in the file does not fit, as ``error`` says."""
-    reason = str(error).strip().split("\n")[-1].strip()
-    if isinstance(error, KeyError):
-        reason = f"it has no {reason}"
-    sys.exit(f"error: {path} does not fit this script, or is damaged: {reason}")
-
-
-def is_intact(path: Path) -> bool:
-    """Whether all that a checkpoint holds has the checksum that was written with it: torch does not look at them.
-
-    Takes 2 seconds a gigabyte.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:
-        return False
-
-
-def is_a(value, hint) -> bool:
-    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
-    kind = get_origin(hint)
-    if kind is Literal:
-        return value in get_args(hint)
-    if kind in (list, tuple):
-        return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
-    return isinstance(value, hint)
-
-
-def read_flags(path: Path, part: str) -> Args:
-    """The flags in a checkpoint or a model but for ``LOCAL_FLAGS``; ends the program if the file is damaged."""
-    contents = load(path, part)
-    if not is_intact(path):
-        sys.exit(f"error: {path} is damaged: use another one")
-    saved, types = Args(), get_type_hints(Args)
-    try:
-        step = contents["global_step"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"its global_step is {step!r}")
-        for name, value in contents["args"].items():
-            if name not in types or name in LOCAL_FLAGS:
-                continue
-            if not is_a(value, types[name]):
-                raise ValueError(f"its flag {name} is {value!r}")
-            setattr(saved, name, value)
-    except Exception as error:
-        refuse(path, error)
-    if saved.device.split(":")[0] not in ("auto", *device_types()):
-        say(f"this machine has no {saved.device}, where the run was: --device is auto")
-        saved.device = "auto"
-    return saved
-
-
-def random_state(device: torch.device) -> dict:
-    """The states of torch's random number generators, of the CPU and of a GPU."""
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda_state}
-
-
-def load_random_state(state: dict, device: torch.device) -> None:
-    """A run that moves between a CPU and a GPU goes on with the seed there."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def check_resume(args: Args, saved: Args, path: Path) -> None:
-    """Ends the program if a flag cannot change on ``--resume``, or if the run is finished."""
-    for name in FIXED_FLAGS:
-        if getattr(args, name) != getattr(saved, name):
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
-    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != path.resolve().parent.parent:
-        sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
-    contents = load(path, "agent")
-    step, model_path = contents["global_step"], path.parent / "model.pt"
-    if step > args.total_timesteps or (step == args.total_timesteps and model_path.exists()):
-        sys.exit(f"error: {path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}: raise it to go on,"
-                 f" or play the model with --evaluate {path.parent}")  # fmt: skip
-    if contents["script"] != Path(__file__).name:
-        say(f"warning: {path} was written by {contents['script']}, this is {Path(__file__).name}", file=sys.stderr)
-    for name in LOCAL_FLAGS:
-        before, now = contents["args"].get(name), getattr(args, name)
-        if name.startswith("wandb") and before != now:
-            say(f"note: --{name.replace('_', '-')} is {now}, it was {before}: no file decides where a run is logged")
-
-
-def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
-    """What is left of a run that was stopped."""
-    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
-        return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
-    if not (run_dir / "checkpoint.pt").is_file():
-        return f"stopped at step {global_step:,}; nothing could be saved"
-    if saved_step == global_step:
-        return f"stopped at step {global_step:,}; go on with: --resume {run_dir}"
-    return f"stopped at step {global_step:,}, which could not be saved; go on from an earlier one: --resume {run_dir}"
-
-
-# ------------------------------------------------------------------------------------- evaluation and logging
+# ------------------------------------------------------------------------------------------- Weights & Biases
 
 
 def slug(text: str) -> str:
@@ -1802,189 +1482,358 @@ class Tracker:
             say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
 
 
-def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
-    """The charts of games that have ended, each the mean over them."""
-    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
-    return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
+# ------------------------------------------------------------------------------------ devices and CUDA graphs
 
 
-def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
-    """Plays whole games, records the first, prints and logs the results.
-
-    All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
-    ends it early, without results.
-    """
-    game = Atari(args)
-    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
-    rng = np.random.default_rng([args.seed, global_step])
-    video = run_dir / "videos" / f"{global_step:010d}.mp4"
-    recorder = Recorder(video, args.video_length if args.capture_video else 0)
-    game.recording = recorder.active
-    episodes = []
-    observation, _ = env.reset(seed=int(rng.integers(2**31)))
-    while len(episodes) < args.eval_episodes and not stopped():
-        thoughts, action = agent.think(upload(observation, device))
-        if rng.random() < args.eval_epsilon:
-            action = int(rng.integers(env.action_space.n))
-        env.think(thoughts, action)
-        recorder.write(env)
-        observation, _, terminated, truncated, info = env.step(action)
-        if info:  # the end of the game is the last picture
-            recorder.write(env)
-            recorder.close()
-            episodes.append(info["episode"])
-        game.recording = recorder.active
-        if terminated or truncated:
-            observation, _ = env.reset()
-    recorder.close()
-    if len(episodes) < args.eval_episodes:
-        return
-    returns = [episode["r"] for episode in episodes]
-    mean, spread = float(np.mean(returns)), float(np.std(returns))
-    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
-    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
-    if recorder.count:
-        tracker.log_video(video, recorder.still, global_step)
+def device_types() -> list[str]:
+    """The kinds of device that this machine has, the fastest first."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [accelerator.type, "cpu"] if accelerator else ["cpu"]
 
 
-# -------------------------------------------------------------------------------------------------- training
-
-
-def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> float:
-    return max(start_e + (end_e - start_e) * t / duration, end_e)
-
-
-def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
-    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
-    keep_freed_memory()
-    envs = AtariVector(args)  # forks, so before the lock, threads and CUDA
-    folder = lock(run_dir)
-    set_up_torch(args, device)
-    replay = Replay(args.buffer_size, args.num_envs, args.n_step, args.gamma, find_replay_device(args, device),
-                    args.num_heads, args.mask_probability)  # fmt: skip
-    heads = torch.randint(args.num_heads, (args.num_envs,))  # that each environment follows in its game
-    agent = Agent(args, envs.num_actions, device)
-    global_step, saved_step, run_id = 0, None, None
-    if resume:
-        checkpoint = load(resume, part="replay")  # not before the workers fork: they would keep its disk space
-        try:
-            global_step = saved_step = checkpoint["global_step"]
-            agent.load_state_dict(checkpoint["agent"])
-            replay.load_state_dict(checkpoint["replay"])
-            observations = upload(envs.load_state_dict(checkpoint["envs"]), device)
-            heads.copy_(checkpoint["heads"])
-            load_random_state(checkpoint["random"], device)
-            if global_step != replay.num_steps * args.num_envs:
-                raise ValueError(f"step {global_step} does not belong to a replay of {replay.num_steps} steps")
-            run_id = slug(checkpoint["wandb_run_id"]) if checkpoint["wandb_run_id"] else None
-            if checkpoint["precision"] != agent.precision:
-                say(f"the precision is {agent.precision} here; it was {checkpoint['precision']}")
-        except Exception as error:
-            refuse(resume, error)
-        del checkpoint  # lets go of the file, so that the next checkpoint frees its space
-    else:
-        observations = upload(envs.reset(args.seed), device)
-
-    graph = CudaGraph if device.type == "cuda" else lambda function: function
-    act = graph(agent.act)
-    if replay.device == device:
-        learn = graph(lambda: agent.update(*replay.sample(args.batch_size)))
-    else:
-        update = graph(agent.update)
-        learn = lambda: update(*(upload(x, device) for x in replay.sample(args.batch_size)))  # noqa: E731
-
-    tracker = Tracker(args, run_dir, run_id=run_id)
-    stop_signals = catch_signals()
-    exit_code = 1
-
-    def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` the last step of all environments has reached."""
-        return global_step // frequency - (global_step - args.num_envs) // frequency if frequency else 0
-
-    def save_checkpoint() -> None:
-        nonlocal saved_step
-        agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        contents = header(args, global_step) | {"precision": agent.precision, "wandb_run_id": tracker.run_id}
-        contents |= {"agent": agent.state_dict(), "replay": replay.state_dict(), "envs": envs.state_dict()}
-        contents |= {"heads": heads, "random": random_state(device)}
-        if save(run_dir / "checkpoint.pt", contents):
-            saved_step = global_step
-
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
-    returns, epsilon = deque(maxlen=20), torch.zeros((), device=device)
-    exploration_steps = args.exploration_fraction * args.total_timesteps
-    clock, clock_step = time.perf_counter(), global_step
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` means; ends the program if this machine has none such."""
+    usable = device_types()
     try:
-        while global_step < args.total_timesteps and not stop_signals:
-            epsilon.fill_(linear_schedule(args.start_e, args.end_e, exploration_steps, global_step))
-            actions = act(observations, epsilon, upload(heads, device))
-            envs.send(actions.cpu().numpy())
-            global_step += args.num_envs
+        device = torch.device(usable[0] if name == "auto" else name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
+    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
+        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
+    return device
 
-            # learn while the emulators run
-            if global_step > args.learning_starts:
-                for _ in range(passed(args.train_frequency)):
-                    learn()
-                if passed(args.target_network_frequency):
-                    agent.update_target()
 
-            # store what was seen and done
-            next_observations, rewards, terminated, truncated, games = envs.recv()
-            outcome = (upload(x, replay.device) for x in (rewards, terminated, truncated))
-            replay.add(observations[:, -1], actions, *outcome)
-            observations = upload(next_observations, device)
+def find_precision(name: str, device: torch.device) -> str:
+    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
+    if name == "auto":
+        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    return name
 
-            # log
-            if games:
-                returns.extend(game["r"] for game in games)
-                tracker.log(episode_means("charts", games), global_step)
-            for game in games:
-                head = heads[game["env"]].item()
-                tracker.log({"heads/acting": head, f"heads/episodic_return_{head}": game["r"]}, global_step)
-                heads[game["env"]] = torch.randint(args.num_heads, ())
-            if passed(LOG_FREQUENCY):
-                sps = (global_step - clock_step) / (time.perf_counter() - clock)
-                charts = {"charts/SPS": sps, "charts/epsilon": epsilon.item()}
-                charts |= {"charts/learning_rate": args.learning_rate}
-                tracker.log(charts | agent.mean_losses(), global_step)
-                agent.losses.zero_()
-                bar.update(global_step - bar.n)
-                recent = f"{np.mean(returns):.1f}" if returns else "-"
-                bar.set_postfix_str(f"SPS {sps:.0f}, return {recent}, epsilon {epsilon.item():.2f}")
-                clock, clock_step = time.perf_counter(), global_step
 
-            pause = time.perf_counter()
-            if passed(args.checkpoint_frequency):
-                save_checkpoint()
-            if passed(args.eval_frequency) and global_step < args.total_timesteps:
-                evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
-            clock += time.perf_counter() - pause
+def set_up_torch(args: Args, device: torch.device) -> None:
+    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
 
-        if saved_step != global_step:
-            save_checkpoint()
-        if global_step >= args.total_timesteps:
-            saved = save(run_dir / "model.pt", model(args, agent, global_step))
-            exit_code = 0 if saved else 1
-            if saved:
-                tracker.log_model(run_dir / "model.pt")
-            evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
-        bar.close()
-        if stop_signals:
-            say(how_to_go_on(args, run_dir, global_step, saved_step))
-            exit_code = 128 + stop_signals[0]
-    finally:
-        bar.close()
-        envs.close()
-        os.close(folder)
-        tracker.finish(exit_code, stopped=lambda: stop_signals)
-    return exit_code
+
+def optimizer_options(device: torch.device) -> dict:
+    """What Adam needs to be fast on ``device`` and, on CUDA, to be a part of a graph."""
+    if device.type == "mps":
+        return {}
+    return {"fused": True, "capturable": device.type == "cuda"}
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def capture(function: Callable, device: torch.device) -> Callable:
+    """``function``, as one CUDA graph if the device is CUDA."""
+    return CudaGraph(function) if device.type == "cuda" else function
+
+
+class CudaGraph:
+    """Calls ``function`` three times as it is, then captures it and replays it as one CUDA graph.
+
+    Capture needs those calls to warm up cuDNN and the optimizer; they count like any other. Inputs are copied into
+    fixed tensors; each call overwrites the outputs of the one before.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.calls = function, None, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        if self.calls < 3:
+            self.calls += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for fixed, x in zip(self.inputs, inputs):
+            fixed.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``array`` on the device; on CUDA it is made without waiting."""
+    tensor = torch.as_tensor(array)
+    if device.type != "cuda":
+        return tensor.clone(memory_format=torch.contiguous_format).to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+class Means:
+    """Means of named numbers, summed on the device without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums = {}  # of each name a float32 [2]: the sum and the count since ``take``
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Adds the mean of each tensor."""
+        for name, values in metrics.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(2, device=self.device)
+            total, count = self.sums[name]
+            total += values.detach().float().mean()
+            count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means so far; ends the program if one is not finite."""
+        means = {}
+        for name, sums in self.sums.items():
+            total, count = sums.tolist()
+            if not math.isfinite(total):
+                sys.exit(f"error: {name} became {total}: go on from the last checkpoint with a lower --learning-rate")
+            if count:
+                means[name] = total / count
+        return means
+
+    def take(self) -> dict[str, float]:
+        """The means so far; the next ones begin anew."""
+        means = self.means()
+        for sums in self.sums.values():
+            sums.zero_()
+        return means
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.sums
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = {name: torch.zeros(2, device=self.device) for name in state}
+        fill(self.sums, state)
+
+
+def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
+    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
+    if isinstance(ours, dict):
+        if set(ours) != set(saved):
+            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
+        for name, tensor in ours.items():
+            fill(tensor, saved[name])
+    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
+        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
+    else:
+        ours.copy_(saved)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
+    fill(optimizer.state_dict()["state"], saved["state"])
+
+
+# ------------------------------------------------------------------------------------------ memory of a replay
+
+
+def blank_frames(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Zeros, uint8. In main memory they take space as they are written to; ``torch.zeros`` would take it at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    try:
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    except MemoryError:
+        needed = f"{math.prod(shape) / 1e9:.1f} GB"
+        sys.exit(f"error: the replay needs {needed}, more than this process may have (ulimit): lower --buffer-size")
+
+
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that a replay or rollout may take on ``device``.
+
+    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
+    cgroups = Path(root, "proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
+        for level in (folder, *folder.parents):
+            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
+                text = file.read_text().strip() if file.is_file() else "max"
+                limits += [int(text)] if text.isdigit() else []
+    return min(limits) - 1e9  # 1 GB for the program and the games
+
+
+def check_memory(flag: str, needed: float, device: torch.device) -> None:
+    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
+    free = max(free_memory(device), 0)
+    if needed > free:
+        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
+
+
+def find_replay_device(args: Args, device: torch.device) -> torch.device:
+    """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
+
+    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
+    """
+    if args.replay_device == "cuda" and device.type != "cuda":
+        sys.exit(f"error: --replay-device cuda is not for a learner on {device}: leave it out")
+    main_memory = torch.device("cpu")
+    needed = args.buffer_size * BYTES_PER_TRANSITION
+    check_memory(f"--buffer-size {args.buffer_size}", needed, main_memory)
+    if device.type != "cuda" or args.replay_device == "cpu":
+        return main_memory
+    if args.replay_device == "cuda":
+        check_memory(f"--buffer-size {args.buffer_size}", needed, device)
+    return device if needed <= free_memory(device) else main_memory
+
+
+# -------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """What surrounds the training loop: W&B, checkpoints, evaluations, signals and the progress bar.
+
+    A checkpoint holds the agent, random states and ``parts``: by name, what has ``state_dict`` and
+    ``load_state_dict``.
+    """
+
+    def __init__(self, args: Args, run_dir: Path, agent: Agent, parts: dict):
+        self.args = args
+        self.run_dir = run_dir
+        self.agent = agent
+        self.parts = parts
+        self.saved_step = None  # of the last checkpoint
+        self.returns = deque(maxlen=20)  # of the last games
+        self.exit_code = 1
+
+    def start(self, resume: Path | None) -> int:
+        """Begins anew or goes on from the checkpoint ``resume``; returns the step that it was written at."""
+        self.folder = lock(self.run_dir)
+        global_step = 0
+        run_id = None
+        if resume:
+            global_step, run_id = self.load_checkpoint(resume)
+            self.saved_step = global_step
+        self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
+        self.stop_signals = catch_signals()
+        self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
+        self.clock = time.perf_counter()
+        self.clock_step = global_step
+        return global_step
+
+    def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
+        """Loads all parts; returns the step and W&B's name of the run."""
+        contents = load(path, resume=True)  # not before the workers fork: they would keep its disk space
+        try:
+            global_step = contents["global_step"]
+            run_id = contents["wandb_run_id"]
+            self.agent.load_state_dict(contents["agent"])
+            for name, part in self.parts.items():
+                part.load_state_dict(contents[name])
+            load_random_state(contents["random"], self.agent.device)
+            self.check_step(global_step)
+            if contents["precision"] != self.agent.precision:
+                say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
+        except Exception as error:
+            refuse(path, error)
+        return global_step, slug(run_id) if run_id else None
+
+    def check_step(self, global_step: int) -> None:
+        """Raises an error unless the replay was filled in so many steps."""
+        num_steps = self.parts["replay"].num_steps
+        if global_step != num_steps * self.args.num_envs:
+            raise ValueError(f"step {global_step} does not belong to a replay of {num_steps} steps")
+
+    def save_checkpoint(self, global_step: int) -> None:
+        with self.uncounted():
+            self.agent.metrics.means()  # ends the run if one is not finite, before the last good checkpoint is replaced
+            contents = header(self.args, global_step)
+            contents["precision"] = self.agent.precision
+            contents["wandb_run_id"] = self.tracker.run_id
+            contents["random"] = random_state(self.agent.device)
+            for name, part in {"agent": self.agent, **self.parts}.items():
+                contents[name] = part.state_dict()
+            if save(self.run_dir / "checkpoint.pt", contents):
+                self.saved_step = global_step
+
+    def evaluate(self, global_step: int) -> None:
+        with self.uncounted():
+            evaluate(self.args, self.agent, global_step, self.run_dir, self.tracker, lambda: self.stop_signals)
+
+    @contextmanager
+    def uncounted(self):
+        """The time of what runs inside is no part of SPS."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def log_games(self, games: list[dict], global_step: int) -> None:
+        """Logs the games that have ended in a step."""
+        if games:
+            self.returns.extend(game["r"] for game in games)
+            self.tracker.log(episode_means("charts", games), global_step)
+
+    def log(self, charts: dict[str, float], global_step: int) -> None:
+        """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
+        now = time.perf_counter()
+        charts = {"SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        metrics = {f"charts/{name}": value for name, value in charts.items()}
+        metrics |= {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
+        self.tracker.log(metrics, global_step)
+        recent = np.mean(self.returns) if self.returns else math.nan
+        self.bar.set_postfix({"return": recent} | charts, refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        self.clock = now
+        self.clock_step = global_step
+
+    def finish(self, global_step: int) -> None:
+        """Saves what the run has come to and, after its last step, the model, and plays the last evaluation."""
+        if self.saved_step != global_step:
+            self.save_checkpoint(global_step)
+        if global_step >= self.args.total_timesteps:
+            path = self.run_dir / "model.pt"
+            if save(path, model(self.args, self.agent, global_step)):
+                self.tracker.log_model(path)
+                self.exit_code = 0
+            self.evaluate(global_step)
+        if self.stop_signals:
+            self.bar.close()
+            say(how_to_go_on(self.args, self.run_dir, global_step, self.saved_step))
+            self.exit_code = 128 + self.stop_signals[0]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        self.parts["envs"].close()
+        os.close(self.folder)
+        self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
+
+
+def multiples(frequency: int, before: int, now: int) -> int:
+    """How many multiples of ``frequency`` lie after ``before`` and up to ``now``; 0 has none."""
+    return now // frequency - before // frequency if frequency else 0
 
 
 def play(args: Args, device: torch.device, path: Path) -> int:
     """Plays and records a saved model; returns the exit code."""
-    contents = load(path, "agent")
+    contents = load(path)
     set_up_torch(args, device)
-    agent = Agent(args, int(Atari(args).action_space.n), device)
+    agent = Agent(args, int(Game(args).action_space.n), device)
     try:
         agent.q_network.load_state_dict(contents["agent"]["q_network"])
     except Exception as error:
@@ -1993,10 +1842,406 @@ def play(args: Args, device: torch.device, path: Path) -> int:
     say(f"{args.env_id} on {device}, {agent.precision}: {run_dir}")
     tracker = Tracker(args, run_dir, job_type="eval")
     stop_signals = catch_signals()
-    evaluate(args, agent, device, contents["global_step"], run_dir, tracker, stopped=lambda: stop_signals)
+    evaluate(args, agent, contents["global_step"], run_dir, tracker, stopped=lambda: stop_signals)
     exit_code = 128 + stop_signals[0] if stop_signals else 0
     tracker.finish(exit_code, stopped=lambda: stop_signals)
     return exit_code
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+# never taken from a file, which may be a stranger's: paths, addresses and accounts
+LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
+
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the folder of a run and returns its path; starts in the same second get different names."""
+    start_time = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
+    path = Path(args.run_dir) / name
+    number = 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{name}-{number}")
+        except OSError as error:
+            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+
+
+def lock(run_dir: Path) -> int:
+    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
+
+    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
+    and would keep the lock of a main process that died.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
+    for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
+        half_written.unlink()
+    return folder
+
+
+def save(path: Path, contents: dict) -> bool:
+    """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with open(beside, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        return True
+    except (OSError, RuntimeError) as error:
+        disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
+        reason = disk_error or error
+        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
+        with suppress(OSError):
+            beside.unlink()
+        return False
+
+
+def header(args: Args, global_step: int) -> dict:
+    """What every checkpoint and every model begins with."""
+    script = Path(__file__).name
+    flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
+    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
+
+
+def model(args: Args, agent: Agent, global_step: int) -> dict:
+    """What ``--evaluate`` needs."""
+    return header(args, global_step) | {"agent": {"q_network": agent.q_network.state_dict()}}
+
+
+def load(path: Path, resume: bool = False) -> dict:
+    """Opens a checkpoint or a model; ends the program if it is missing, of another algorithm or no use to ``resume``.
+
+    Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
+    """
+    if not path.is_file():
+        sys.exit(f"error: there is no file {path}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        algorithm = contents["algorithm"]
+    except Exception:
+        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
+    if algorithm != ALGORITHM:
+        sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
+    if resume and "random" not in contents:
+        sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
+    return contents
+
+
+def refuse(path: Path, error: Exception) -> NoReturn:
+    """Ends the program: what is in the file does not fit, as ``error`` says."""
+    reason = str(error).strip().split("\n")[-1].strip()
+    if isinstance(error, KeyError):
+        reason = f"it has no {reason}"
+    sys.exit(f"error: {path} does not fit this script, or is damaged: {reason}")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether all that a checkpoint holds has the checksum that was written with it: torch does not look at them.
+
+    Takes 2 seconds a gigabyte.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:
+        return False
+
+
+def is_a(value, hint) -> bool:
+    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
+    kind = get_origin(hint)
+    if kind is Literal:
+        return value in get_args(hint)
+    if kind in (list, tuple):
+        return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
+    return isinstance(value, hint)
+
+
+def read_flags(path: Path, resume: bool) -> Args:
+    """The flags in a checkpoint or a model but for ``LOCAL_FLAGS``; ends the program if the file is damaged."""
+    contents = load(path, resume)
+    if not is_intact(path):
+        sys.exit(f"error: {path} is damaged: use another one")
+    saved = Args()
+    types = get_type_hints(Args)
+    try:
+        step = contents["global_step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"its global_step is {step!r}")
+        for name, value in contents["args"].items():
+            if name not in types or name in LOCAL_FLAGS:
+                continue
+            if not is_a(value, types[name]):
+                raise ValueError(f"its flag {name} is {value!r}")
+            setattr(saved, name, value)
+    except Exception as error:
+        refuse(path, error)
+    if saved.device.split(":")[0] not in ("auto", *device_types()):
+        say(f"this machine has no {saved.device}, where the run was: --device is auto")
+        saved.device = "auto"
+    return saved
+
+
+def random_state(device: torch.device) -> dict:
+    """The states of torch's random number generators, of the CPU and of a GPU."""
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda_state}
+
+
+def load_random_state(state: dict, device: torch.device) -> None:
+    """A run that moves between a CPU and a GPU goes on with the seed there."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def check_resume(args: Args, saved: Args, path: Path) -> None:
+    """Ends the program if a flag cannot change on ``--resume``, or if the run is finished."""
+    for name in FIXED_FLAGS:
+        before = getattr(saved, name)
+        if getattr(args, name) != before:
+            sys.exit(f"error: {flag(name)} cannot change on --resume: it was {before}")
+    run_dir = path.resolve().parent
+    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != run_dir.parent:
+        sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
+    contents = load(path, resume=True)
+    step = contents["global_step"]
+    is_finished = step == args.total_timesteps and (run_dir / "model.pt").exists()
+    if step > args.total_timesteps or is_finished:
+        reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
+        sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")
+    script = Path(__file__).name
+    if contents["script"] != script:
+        say(f"warning: {path} was written by {contents['script']}, this is {script}", file=sys.stderr)
+    for name in LOCAL_FLAGS:
+        before = contents["args"].get(name)
+        now = getattr(args, name)
+        if name.startswith("wandb") and before != now:
+            say(f"note: {flag(name)} is {now}, it was {before}: no file decides where a run is logged")
+
+
+def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
+    """What is left of a run that was stopped."""
+    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
+        return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
+    if not (run_dir / "checkpoint.pt").is_file():
+        return f"stopped at step {global_step:,}; nothing could be saved"
+    if saved_step == global_step:
+        return f"stopped at step {global_step:,}; go on with: --resume {run_dir}"
+    return f"stopped at step {global_step:,}, which could not be saved; go on from an earlier one: --resume {run_dir}"
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def flag(name: str) -> str:
+    """'--num-envs' for 'num_envs'."""
+    return "--" + name.replace("_", "-")
+
+
+def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
+
+    def read(words: list[str]) -> int:
+        value = float(words[0])
+        if not value.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(value)
+
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [f"{value:_}"],
+    )
+
+
+def plain_switch(word: str) -> str:
+    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
+    flag, _, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
+        return word
+    return flag if value.lower() == "true" else f"--no-{name}"
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """The flags of the command line; those that are not given are as in ``default``.
+
+    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    """
+    groups = {
+        "algorithm": AlgorithmFlags,
+        "game": GameFlags,
+        "evaluation": EvaluationFlags,
+        "W&B": WandbFlags,
+        "run": RunFlags,
+    }
+    default = default or Args()
+    types = {}
+    defaults = {}
+    for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
+        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    registry = ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    parsed = tyro.cli(
+        TypedDict("Flags", types),
+        args=[plain_switch(word) for word in sys.argv[1:]],
+        default=defaults,
+        description=__doc__.splitlines()[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    args = Args()
+    for group in parsed.values():
+        vars(args).update(vars(group))
+    if "" in (args.resume, args.evaluate):
+        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    args.env_id = Game.find_game(args.env_id)
+    return args
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if a flag is out of its range."""
+    ranges = {
+        "learning_rate": (1e-12, 1),
+        "buffer_size": (1, 10**9),  # drawn from with numbers below 2**31
+        "gamma": (0, 1),
+        "batch_size": (1, 2**14),  # an update takes 0.4 MB for each
+        "target_network_frequency": (1, 10**12),
+        "start_e": (0, 1),
+        "end_e": (0, 1),
+        "exploration_fraction": (1e-12, 1),
+        "learning_starts": (0, 10**12),
+        "train_frequency": (1, 10**12),
+        "num_heads": (1, MAX_HEADS),
+        "mask_probability": (1e-12, 1),
+        "prior_scale": (0, 1000),
+        "max_grad_norm": (1e-12, 10**6),
+        "eval_head": (0, args.num_heads - 1),
+        "num_envs": (1, 10_000),  # a game takes 1 MB
+        "num_workers": (0, args.num_envs),
+    }
+    for name, (low, high) in (COMMON_RANGES | ranges).items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # nan is not in any range
+            sys.exit(f"error: {flag(name)} is {value:,}: it must be between {low:,} and {high:,}")
+    # a transition needs its successor and, once the oldest are overwritten, 3 older frames
+    steps = min(args.learning_starts // args.num_envs, args.buffer_size // args.num_envs - HISTORY)
+    drawable = max(steps - 1, 0) * args.num_envs
+    if args.batch_size > drawable and not args.evaluate:
+        stored = f"the {drawable} transitions that are stored when learning starts"
+        advice = "lower it, or raise --learning-starts and --buffer-size"
+        sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
+
+
+COMMON_RANGES = {
+    "sticky_actions": (0, 1),
+    "max_episode_frames": (1, 10**12),
+    "video_length": (1, 10**12),
+    "eval_frequency": (0, 10**12),
+    "eval_episodes": (1, 10**12),
+    "eval_epsilon": (0, 1),
+    "seed": (0, 2**31),
+    "total_timesteps": (1, 10**12),
+    "checkpoint_frequency": (0, 10**12),
+}
+
+
+# ------------------------------------------------------------------------------------------- the process itself
+
+
+def guard_streams() -> None:
+    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
+
+    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
+    file opened would take the number of a closed stream.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace", line_buffering=True)
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+            raw.write = lossy(raw.write)
+
+
+def lossy(write):
+    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
+
+    def write_or_lose(data) -> int:
+        try:
+            return write(data) or len(data)  # None: a pipe is full and does not block
+        except OSError:
+            return len(data)
+
+    return write_or_lose
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def catch_signals() -> list[int]:
+    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
+
+    Those that are ignored stay so: nohup and scripts have their reasons.
+    """
+    caught = []
+
+    def catch(number: int, _) -> None:
+        if not caught:
+            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
+            with suppress(OSError):
+                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
+        caught.append(number)
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, catch)
+    return caught
+
+
+def run_main() -> None:
+    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
+
+    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
+    """
+    guard_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
+    exit_code = main()
+    if exit_code > 128:
+        signal.signal(exit_code - 128, signal.SIG_DFL)
+        atexit._run_exitfuncs()
+        signal.raise_signal(exit_code - 128)
+    sys.exit(exit_code)
 
 
 def main() -> int:
@@ -2004,7 +2249,7 @@ def main() -> int:
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
-        saved = read_flags(path, part="replay" if args.resume else "agent")
+        saved = read_flags(path, resume=bool(args.resume))
         args = parse_args(default=saved)
     check_args(args)
     device = find_device(args.device)
@@ -2021,6 +2266,10 @@ def main() -> int:
         with suppress(OSError):
             run_dir.rmdir()  # a start that failed leaves no empty folder
 
+
+cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 if __name__ == "__main__":
     run_main()

@@ -20,9 +20,11 @@ from bootstrapped_dqn_atari import (
     HIGHEST,
     LOSS,
     LOWEST,
+    MAX_HEADS,
     QUIET,
     SIZE,
     VOTE,
+    ActingHeads,
     Agent,
     Args,
     Atari,
@@ -47,8 +49,8 @@ def make_agent(num_actions=2, device=CPU, **flags):
 
 def masked_batch(num_heads, num_actions=2, size=32, probability=0.7):
     """A random batch with masks; the first transition belongs to no head, the second to all."""
-    masks = (torch.rand(size, num_heads, generator=torch.Generator().manual_seed(4)) < probability).float()
-    masks[0], masks[1] = 0, 1
+    masks = torch.rand(size, num_heads, generator=torch.Generator().manual_seed(4)) < probability
+    masks[0], masks[1] = False, True
     return *random_batch(size, num_actions), masks
 
 
@@ -123,7 +125,8 @@ def test_checkpoint_restores_the_agent(tmp_path):
         for name, value in agent.state_dict()["q_network"].items():
             assert torch.equal(value, other.q_network.state_dict()[name]), name
         assert torch.equal(agent.target_network(batch[0]), other.target_network(batch[0]))
-        assert torch.equal(agent.losses, other.losses)
+        assert agent.metrics.sums.keys() == other.metrics.sums.keys()
+        assert all(torch.equal(sums, other.metrics.sums[name]) for name, sums in agent.metrics.sums.items())
         agent.update(*batch)
         other.update(*batch)
 
@@ -138,8 +141,8 @@ def test_bfloat16_trunk_stays_close_to_float32():
 # ------------------------------------------------------------------------------------------------------ update
 
 
-def direct_update(agent, batch, prior_scale) -> tuple[torch.Tensor, dict, list, list]:
-    """Loss, gradients by name, losses and counts of the heads, in float64, one transition and head at a time."""
+def direct_update(agent, batch, prior_scale) -> tuple[torch.Tensor, dict, list]:
+    """Loss, gradients by name and mean losses of the heads, in float64, one transition and head at a time."""
     network, target = copy.deepcopy(agent.q_network).double(), copy.deepcopy(agent.target_network).double()
     num_heads = network.num_heads
 
@@ -147,24 +150,25 @@ def direct_update(agent, batch, prior_scale) -> tuple[torch.Tensor, dict, list, 
         learned = plain_heads(model, observation)
         return learned + prior_scale * plain_heads(network.prior, observation) if prior_scale else learned
 
-    loss, head_losses, head_counts = 0.0, [0.0] * num_heads, [0] * num_heads
-    for observation, action, reward, next_observation, discount, mask in zip(*batch):
+    loss, head_losses = 0.0, [[] for _ in range(num_heads)]
+    for observation, action, reward, next_observation, terminated, mask in zip(*batch):
         q_values, of_transition = values(network, observation), 0.0
         for head in range(num_heads):
             best = values(network, next_observation)[head].argmax()
-            td_target = reward + discount * values(target, next_observation)[head][best].detach()
+            td_target = reward
+            if not terminated:
+                td_target = reward + agent.args.gamma * values(target, next_observation)[head][best].detach()
             if mask[head]:
                 squared = (q_values[head, action] - td_target) ** 2
                 of_transition = of_transition + squared
-                head_losses[head] += squared.item()
-                head_counts[head] += 1
+                head_losses[head].append(squared.item())
         loss = loss + of_transition / max(mask.sum().item(), 1) / len(batch[0])
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
     for name in gradients:
         if name.startswith("trunk"):
             gradients[name] /= num_heads
-    return loss, gradients, head_losses, head_counts
+    return loss, gradients, [np.mean(squares) for squares in head_losses]
 
 
 @pytest.mark.parametrize("prior_scale, max_grad_norm", [(10.0, 1e9), (10.0, 0.05), (0.0, 1e9)])
@@ -174,7 +178,7 @@ def test_update_is_the_formula(prior_scale, max_grad_norm):
     before, batch = copy.deepcopy(agent.q_network), masked_batch(3, size=8)
     best, best_of_target = (network(batch[3]).argmax(2) for network in (agent.q_network, agent.target_network))
     assert (best != best_of_target).any()  # else this could not tell double from plain Q-learning
-    loss, gradients, head_losses, head_counts = direct_update(agent, batch, prior_scale)
+    loss, gradients, head_losses = direct_update(agent, batch, prior_scale)
     agent.update(*batch)
     found = dict(agent.q_network.named_parameters())
     norm = math.sqrt(sum(gradient.square().sum() for gradient in gradients.values()))
@@ -186,19 +190,21 @@ def test_update_is_the_formula(prior_scale, max_grad_norm):
         step = found[name].grad / (found[name].grad.abs() + 1e-8)  # Adam's first
         expected = before.get_parameter(name).detach() - 6.25e-5 * step
         torch.testing.assert_close(found[name].detach(), expected, rtol=0, atol=1e-7)
-    sums = agent.losses.tolist()
-    assert sums[0] == pytest.approx(loss.item(), rel=1e-4) and sums[4] == 1
-    assert sums[5:8] == pytest.approx(head_losses, rel=1e-4) and sums[8:] == head_counts
+    metrics = agent.metrics.take()
+    assert metrics["td_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert [metrics[f"td_loss_head_{head}"] for head in range(3)] == pytest.approx(head_losses, rel=1e-4)
 
 
 def test_head_that_a_transition_does_not_belong_to_learns_nothing():
     agent = make_agent()
     batch = masked_batch(3)
-    batch[-1][:] = torch.tensor([1.0, 0, 1])
+    batch[-1][:] = torch.tensor([True, False, True])
     agent.update(*batch)
     untouched = agent.q_network.heads.weight.grad.view(3, 2, 512).abs().sum((1, 2)) == 0
     assert untouched.tolist() == [False, True, False]
-    batch[-1][:] = 0
+    metrics = agent.metrics.take()
+    assert [metrics[f"td_loss_head_{head}"] == 0 for head in range(3)] == untouched.tolist()
+    batch[-1][:] = False
     before = copy.deepcopy(agent.q_network.state_dict())
     agent.optimizer = torch.optim.SGD(agent.q_network.parameters(), 1.0)  # Adam would go on by its momentum
     agent.update(*batch)
@@ -216,19 +222,20 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
     target.load_state_dict(weights)
     target.trunk.to(dtype)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    replay = Replay(200, 2, 1, 0.99, CPU, num_heads=1, mask_probability=1.0)
+    replay = Replay(200, 2, CPU, num_heads=1, mask_probability=1.0)
     for _ in range(60):
         frames = torch.randint(0, 256, (2, SIZE, SIZE), dtype=torch.uint8)
         ends = torch.rand(2)
         replay.add(frames, torch.randint(4, (2,)), torch.randn(2), ends < 0.1, ends > 0.95)
     for update in range(10):
         batch = replay.sample(16)
-        assert (batch.masks == 1).all()
+        assert batch.masks.all()
         agent.update(*batch)
-        observations, actions, returns, next_observations, discounts, _ = batch
+        observations, actions, rewards, next_observations, terminated, _ = batch
         with torch.no_grad():
             best = network(next_observations).argmax(1, keepdim=True)
-            td_target = returns + discounts * target(next_observations).gather(1, best).squeeze(1)
+            next_values = target(next_observations).gather(1, best).squeeze(1)
+            td_target = rewards + 0.99 * torch.where(terminated, 0.0, next_values)
         loss = F.mse_loss(network(observations).gather(1, actions[:, None]).squeeze(1), td_target)
         optimizer.zero_grad()
         loss.backward()
@@ -236,12 +243,11 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
         if update == 4:
             agent.update_target()
             target.load_state_dict(network.state_dict())
-        assert agent.losses[0].item() == pytest.approx(loss.item(), rel=1e-4)
-        agent.losses.zero_()
+        assert agent.metrics.take()["td_loss"] == pytest.approx(loss.item(), rel=1e-4)
     for ours, theirs in zip(agent.q_network.parameters(), network.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert torch.equal(agent.act(observations, torch.tensor(0.0), torch.zeros(16, dtype=torch.int64)),
-                       network(observations).argmax(1))  # fmt: skip
+    actions = agent.act(observations, torch.tensor(0.0), torch.zeros(16, dtype=torch.int64))
+    assert torch.equal(actions, network(observations).argmax(1))
 
 
 def test_every_head_converges_to_value_iteration():
@@ -265,8 +271,8 @@ def test_every_head_converges_to_value_iteration():
                 next_state, reward, terminated = step(state, action)
                 expected[state, action] = reward + (0 if terminated else gamma * expected[next_state].max())
 
-    agent = make_agent(learning_rate=5e-4, precision="bfloat16")
-    replay = Replay(4000, 2, 1, gamma, CPU, num_heads=3, mask_probability=0.7)
+    agent = make_agent(learning_rate=5e-4, precision="bfloat16", gamma=gamma)
+    replay = Replay(4000, 2, CPU, num_heads=3, mask_probability=0.7)
     rng, states = np.random.default_rng(0), [0, 2]
     for _ in range(1500):
         actions = rng.integers(2, size=2)
@@ -293,33 +299,31 @@ def test_every_head_converges_to_value_iteration():
 
 
 def test_metrics_are_means_over_the_updates():
-    agent = make_agent(3)
-    assert agent.mean_losses() == {}
-    losses, counts, others = np.zeros(3), np.zeros(3), []
+    agent, updates = make_agent(3), []
+    assert agent.metrics.take() == {}
     for size in (8, 12):
         batch = masked_batch(3, 3, size)
         with torch.no_grad():
             q_values = agent.q_network(batch[0]).double()
-        loss, _, head_losses, head_counts = direct_update(agent, batch, prior_scale=10.0)
+        loss, _, head_losses = direct_update(agent, batch, prior_scale=10.0)
         agent.update(*batch)
-        losses, counts = losses + head_losses, counts + head_counts
         taken = [q_values[i, :, action].mean().item() for i, action in enumerate(batch[1])]
         spread = [q_values[i, :, a].std(correction=0).item() for i in range(size) for a in range(3)]
         share = [torch.bincount(q_values[i].argmax(1)).max().item() / 3 for i in range(size)]
-        others.append([loss.item(), np.mean(taken), np.mean(spread), np.mean(share)])
-    names = ("losses/td_loss", "losses/q_values", "losses/q_values_std", "losses/vote_share")
-    expected = dict(zip(names, np.mean(others, axis=0)))
-    expected |= {f"heads/td_loss_{head}": losses[head] / counts[head] for head in range(3)}
-    expected["losses/td_loss_std"] = np.std(losses / counts)
-    assert agent.mean_losses() == pytest.approx(expected, rel=1e-3)
+        spread_of_losses = np.std(head_losses)
+        updates.append([loss.item(), np.mean(taken), np.mean(spread), np.mean(share), spread_of_losses, *head_losses])
+    names = ["td_loss", "q_values", "q_values_std", "vote_share", "td_loss_std"]
+    names += [f"td_loss_head_{head}" for head in range(3)]
+    assert agent.metrics.take() == pytest.approx(dict(zip(names, np.mean(updates, axis=0))), rel=1e-3)
+    assert agent.metrics.take() == {}
 
 
 def test_loss_that_is_not_finite_ends_the_run():
     agent = make_agent()
-    observations, actions, returns, *rest = masked_batch(3)
-    agent.update(observations, actions, returns * float("nan"), *rest)
-    with pytest.raises(SystemExit, match="loss became nan"):
-        agent.mean_losses()
+    observations, actions, rewards, *rest = masked_batch(3)
+    agent.update(observations, actions, rewards * float("nan"), *rest)
+    with pytest.raises(SystemExit, match="td_loss became nan"):
+        agent.metrics.means()
 
 
 # ------------------------------------------------------------------------------------------------------- masks
@@ -335,10 +339,9 @@ def fill(replay, steps, first=0):
         replay.add(frames, torch.tensor([step % 5, 1]), rewards, ends < 0.1, ends > 0.95)
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
-def test_samples_equal_those_of_the_plain_replay(n_step):
+def test_samples_equal_those_of_the_plain_replay():
     """With the same random state both draw the same transitions; masks come on top."""
-    plain, masked = dqn_atari.Replay(70, 2, n_step, 0.9, CPU), Replay(70, 2, n_step, 0.9, CPU, 9, 0.5)
+    plain, masked = dqn_atari.Replay(70, 2, CPU), Replay(70, 2, CPU, 9, 0.5)
     for steps in (20, 60):
         fill(plain, steps, plain.num_steps)
         fill(masked, steps, masked.num_steps)
@@ -346,24 +349,24 @@ def test_samples_equal_those_of_the_plain_replay(n_step):
         expected = plain.sample(64)
         torch.manual_seed(3)
         batch = masked.sample(64)
-        assert batch.masks.shape == (64, 9) and batch.masks.dtype == torch.float32
+        assert batch.masks.shape == (64, 9) and batch.masks.dtype == torch.bool
         assert all(torch.equal(a, b) for a, b in zip(expected, batch))
 
 
 @pytest.mark.parametrize("num_heads", [1, 9, 31])
 def test_a_transition_keeps_the_masks_it_was_stored_with(num_heads):
     """Also when older ones are overwritten: what is drawn is what the random numbers at storing said."""
-    replay, stored = Replay(70, 2, 1, 0.9, CPU, num_heads, 0.5), {}
+    replay, stored = Replay(70, 2, CPU, num_heads, 0.5), {}
     for step in range(100):
         torch.manual_seed(1000 + step)
         fill(replay, 1, step)
         torch.manual_seed(1000 + step)
         for env, mask in enumerate(torch.rand(2, num_heads) < 0.5):
-            stored[2 * step + env] = mask.float()
+            stored[2 * step + env] = mask
     drawn = set()
     for _ in range(20):
         batch = replay.sample(64)
-        for reward, mask in zip(batch.returns.tolist(), batch.masks):
+        for reward, mask in zip(batch.rewards.tolist(), batch.masks):
             assert torch.equal(mask, stored[int(reward)])
             drawn.add(int(reward))
     assert len(drawn) > 50
@@ -372,26 +375,25 @@ def test_a_transition_keeps_the_masks_it_was_stored_with(num_heads):
 @pytest.mark.parametrize("probability", [1e-12, 0.3, 0.9, 1.0])
 def test_masks_are_independent_with_the_given_probability(probability):
     torch.manual_seed(0)
-    replay = Replay(8000, 2, 1, 0.9, CPU, 4, probability)
+    replay = Replay(8000, 2, CPU, 4, probability)
     zeros = torch.zeros(2)
     for _ in range(4000):
         replay.add(torch.zeros(2, SIZE, SIZE), zeros, zeros, zeros.bool(), zeros.bool())
-    bits = (replay.masks.flatten()[:, None] >> torch.arange(4) & 1).float()
-    assert bits.mean(0).tolist() == pytest.approx([probability] * 4, abs=0.02)
-    assert (replay.masks >= 0).all() and (replay.masks < 16).all()
+    masks = replay.masks.float()
+    assert masks.mean(0).tolist() == pytest.approx([probability] * 4, abs=0.02)
     if 0.1 < probability < 1:
-        together = torch.corrcoef(torch.cat([bits.T, bits.roll(1, 0).T]))  # heads, and neighbours in the replay
+        together = torch.corrcoef(torch.cat([masks.T, masks.roll(1, 0).T]))  # heads, and neighbours in the replay
         assert (together - torch.eye(8)).abs().max() < 0.05
 
 
 def test_replay_survives_a_checkpoint(tmp_path):
     """A restored replay has the same masks and, with the random state, goes on drawing the same ones."""
-    replay, other = (Replay(70, 2, 1, 0.9, CPU, 9, 0.5) for _ in range(2))
+    replay, other = (Replay(70, 2, CPU, MAX_HEADS, 0.5) for _ in range(2))
     for steps in (20, 80):
         fill(replay, steps, replay.num_steps)
         torch.save(replay.state_dict(), tmp_path / "replay.pt")
         other.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True, mmap=True))
-        assert torch.equal(replay.masks, other.masks)
+        assert replay.masks.any() and torch.equal(replay.masks, other.masks)
         batches = []
         for r in (replay, other):
             torch.manual_seed(5)
@@ -449,7 +451,7 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
     assert train(args, CPU, tmp_path, None) == 0
     draws = []
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    saved = checkpoint["heads"].tolist()
+    saved = checkpoint["heads"]["of_env"].tolist()
     for step, after in enumerate([*acting[1:], saved]):
         for env, head in enumerate(acting[step]):
             if env in ended[step]:
@@ -472,10 +474,26 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
 
 
 def test_first_heads_follow_the_seed_and_cover_all():
-    """Every head gets its games: drawn uniformly."""
+    """Every head gets its games, the first and the later ones: drawn uniformly."""
     torch.manual_seed(0)
-    draws = torch.cat([torch.randint(9, (8,)) for _ in range(500)])
+    draws = torch.cat([ActingHeads(9, 8, CPU).of_env for _ in range(500)])
     assert torch.bincount(draws, minlength=9).min() > 380
+    heads, draws = ActingHeads(9, 2, CPU), []
+    first = heads.of_env[0].item()
+    for _ in range(4000):
+        heads.draw(1)
+        draws.append(heads.of_env[1].item())
+    assert np.bincount(draws, minlength=9).min() > 380
+    assert heads.of_env[0] == first
+
+
+def test_acting_heads_survive_a_checkpoint():
+    heads, other = ActingHeads(9, 100, CPU), ActingHeads(9, 100, CPU)
+    assert not torch.equal(heads.of_env, other.of_env)
+    other.load_state_dict(copy.deepcopy(heads.state_dict()))
+    assert torch.equal(heads.of_env, other.of_env)
+    with pytest.raises(ValueError, match=r"no torch.int64 \[99\]"):
+        ActingHeads(9, 99, CPU).load_state_dict(heads.state_dict())
 
 
 def test_majority_wins_and_the_mean_breaks_ties():
@@ -558,7 +576,7 @@ def test_map_shows_values_and_votes(num_actions, num_heads, scale, shift):
     """Shades run from the lowest to the highest distance from the head's mean; each column has one dot, on its best."""
     env, rng = make_overlay(num_actions), np.random.default_rng(num_actions)
     q_values = (rng.normal(size=(num_heads, num_actions)) + rng.normal(size=(num_heads, 1))) * scale + shift
-    env.think((q_values, None), int(q_values.mean(0).argmax()))
+    env.note((q_values, None), int(q_values.mean(0).argmax()))
     colors, dots = cells(env.render(), num_heads, num_actions)
     assert np.array_equal(dots, np.arange(num_actions) == q_values.argmax(1)[:, None])
     advantages = q_values - q_values.mean(1, keepdims=True)
@@ -573,15 +591,15 @@ def test_equal_and_nan_values():
     env = make_overlay(6)
     with np.errstate(all="ignore"):
         for q_values in (np.full((9, 6), 2.0), np.full((9, 6), np.nan), np.full((9, 6), np.inf)):
-            env.think((q_values, None), 5)
+            env.note((q_values, None), 5)
             colors, _ = cells(env.render(), 9, 6)
             assert (colors[:, :5] == LOWEST).all()
         q_values = np.random.default_rng(0).normal(size=(9, 6))
         q_values[3, 2] = np.nan
-        env.think((q_values, None), 5)
+        env.note((q_values, None), 5)
         colors, dots = cells(env.render(), 9, 6)
         assert (colors[3, :5] == LOWEST).all() and (colors[4, :5] != LOWEST).any() and dots[3].tolist()[2]
-        env.think((q_values.astype(np.float32) * 1e38, 2), 5)
+        env.note((q_values.astype(np.float32) * 1e38, 2), 5)
         env.render()
 
 
@@ -591,7 +609,7 @@ def test_chosen_greedy_acting_and_exploring_are_marked(monkeypatch):
     q_values[7, 1] = 10  # head 7 disagrees
 
     def marks(head, action):
-        env.think((q_values, head), action)
+        env.note((q_values, head), action)
         picture = env.render()
         rows = is_color(picture[TOP : TOP + 216, LEFT - 4], CHOSEN)
         columns = is_color(picture[TOP + 18 :: 36, LEFT - 1 : 834][:6], CHOSEN).sum(0) > 4
@@ -612,11 +630,11 @@ def test_vote_and_head_are_named(monkeypatch):
     env = make_overlay(6)
     q_values = np.tile(np.arange(6.0), (9, 1))
     q_values[7, 1] = 10.5
-    env.think((q_values, None), 5)
+    env.note((q_values, None), 5)
     texts = drawn_texts(env, monkeypatch)
     assert "the vote is for LEFTFIRE, 8 of 9 agree" in texts
     assert "2.056" in texts and "5.000" in texts and "8" in texts  # means of Q, and the votes
-    env.think((q_values, 7), 1)
+    env.note((q_values, 7), 1)
     assert "head 7 plays FIRE, 1 of 9 agree" in drawn_texts(env, monkeypatch)
     env.env.max_episode_frames = 1
     env.step(1)
@@ -630,7 +648,7 @@ def test_nothing_overlaps():
         env = make_overlay(18)
         q_values = np.tile(np.linspace(-9_999.9, -1_000, 18), (num_heads, 1))
         q_values[num_heads // 2 :, 17] -= 9_000
-        env.think((q_values, head), 3)
+        env.note((q_values, head), 3)
         env.env.episode_return, env.env.episode_length = 1_234_567, 26_999
         env.notice = "the video is cut here"
         panel = np.abs(env.render()[:, 480:].astype(int) - GROUND).sum(2) > 60
@@ -648,7 +666,7 @@ def test_traces_follow_value_and_disagreement_and_mark_rewards():
         q_values = np.zeros((9, 6))
         q_values[:, 5] = step  # a rising value
         q_values[::2] += 150 - step  # and heads that come to agree
-        env.think((q_values, None), 5)
+        env.note((q_values, None), 5)
         env.env.episode_return += {60: 1, 100: -1}.get(step, 0)
     assert env.values[-1] == pytest.approx(149 + 5 / 9) and env.disagreements[-1] == pytest.approx(math.sqrt(20) / 9)
     picture = env.render()
@@ -659,7 +677,7 @@ def test_traces_follow_value_and_disagreement_and_mark_rewards():
         for line, step in ((GAIN, 60), (LOSS, 100)):
             columns = np.flatnonzero(is_color(picture[top:bottom], line).sum(0) > 20)
             assert columns.tolist() == [pytest.approx(936 - (149 - step) * 432 / 149, abs=1)]
-    env.think((q_values, 3), 5)
+    env.note((q_values, 3), 5)
     assert env.values[-1] == 149  # the head that plays, not the mean
     assert not is_color(picture[560:], QUIET).all()
 
@@ -682,7 +700,7 @@ def test_captured_update_equals_plain_update(precision):
         plain.update(*batch)
         update(*batch)
     assert update.graph is not None
-    torch.testing.assert_close(plain.losses, captured.losses, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(plain.metrics.sums, captured.metrics.sums, rtol=1e-3, atol=1e-4)
     for a, b in zip(plain.q_network.parameters(), captured.q_network.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
@@ -703,13 +721,12 @@ def test_captured_acting_follows_the_heads():
 
 @needs_cuda
 def test_captured_sampling_returns_the_stored_masks():
-    replay = Replay(200, 2, 1, 0.9, torch.device("cuda"), 9, 0.5)
+    replay = Replay(200, 2, torch.device("cuda"), 9, 0.5)
     zeros = torch.zeros(2, device=replay.device)
     for step in range(100):
         frames = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8, device=replay.device)
         replay.add(frames, zeros, torch.tensor([2.0 * step, 2.0 * step + 1]), zeros.bool(), zeros.bool())
-    stored = (replay.masks.flatten()[:, None] >> torch.arange(9, device=replay.device) & 1).float()
     sample = CudaGraph(lambda: replay.sample(64))
     for _ in range(6):
         batch = sample()
-        assert torch.equal(batch.masks, stored[batch.returns.long()])
+        assert torch.equal(batch.masks, replay.masks[batch.rewards.long()])

@@ -8,10 +8,10 @@ them leads one state to the left or right. The left end pays 0.001, the right en
 another one in each state, drawn by the seed, so that no habit helps. Where random play gets there in one of several
 thousand games, a learner has to try, game after game, what it does not know yet.
 
-All use their own script's network, replay and update: 4 games side by side, an update of 32 for every 4 steps, 3-step
-returns, Adam at 5e-4, the target every 50 steps. DQN's epsilon falls from 1 to 0.05 in the first half of the games;
-bootstrapped DQN has 9 heads, masks of 0.9 and epsilon 0. A contestant that got there in half of its last 40 games has
-solved the chain and stops.
+All use their own script's network, replay and update: 4 games side by side, an update of 32 for every 4 steps, Adam
+at 5e-4, the target every 50 steps. DQN's epsilon falls from 1 to 0.05 in the first half of the games; bootstrapped DQN
+has 9 heads, masks of 0.9 and epsilon 0. A contestant that got there in half of its last 40 games has solved the chain
+and stops.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import bootstrapped_dqn_atari  # noqa: E402
 import dqn_atari  # noqa: E402
 from dqn_atari import SIZE, STACK, linear_schedule  # noqa: E402
 
-NUM_ENVS, N_STEP, GAMMA, BATCH_SIZE = 4, 3, 0.99, 32
+NUM_ENVS, BATCH_SIZE = 4, 32
 TRAIN_FREQUENCY, TARGET_FREQUENCY, LEARNING_STARTS = 4, 50, 100
 CPU = torch.device("cpu")
 CONTESTANTS = {"DQN, epsilon-greedy": None, "bootstrapped, no prior": 0.0, "bootstrapped, prior x 10": 10.0}
@@ -71,7 +71,7 @@ def play(prior_scale: float | None, num_states: int, num_games: int, seed: int) 
     args = script.Args(learning_rate=5e-4, **flags)
     agent = script.Agent(args, 2, CPU)
     masks = (args.num_heads, args.mask_probability) if bootstrapped else ()
-    replay = script.Replay((num_games + NUM_ENVS) * chain.num_steps, NUM_ENVS, N_STEP, GAMMA, CPU, *masks)
+    replay = script.Replay((num_games + NUM_ENVS) * chain.num_steps, NUM_ENVS, CPU, *masks)
     no_end, global_step, farthest, reached = torch.zeros(NUM_ENVS, dtype=torch.bool), 0, 1, []
     while len(reached) < num_games and sum(reached[-40:]) < 20:
         chain.reset()
