@@ -35,11 +35,20 @@ Unlike CleanRL's DQN, besides: zeros before an episode's first frame instead of 
 maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA and
 bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name like ALE/Pong-v5, which
 has --sticky-actions 0.25 elsewhere.
+
+In this order:
+
+    the flags        AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags
+    the algorithm    QNetwork, Replay, Actor, Agent, train
+    the games        Atari, Actors
+    what you see     Overlay, Recorder, evaluate, Tracker
+    the machinery    devices and CUDA graphs, Run, checkpoints, checks of the flags, main
 """
+
+from __future__ import annotations
 
 import atexit
 import ctypes
-import difflib
 import io
 import math
 import os
@@ -56,7 +65,8 @@ import warnings
 import zipfile
 import zlib
 from collections import deque
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
@@ -87,87 +97,28 @@ except ImportError:  # playing a model does without
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # those from Ray, which are only read
 
 ALGORITHM = "Ape-X DQN"  # written into checkpoints: those of another algorithm are refused
+FIXED_FLAGS = (  # on --resume
+    "env_id",
+    "exp_name",
+    "seed",
+    "num_actors",
+    "envs_per_actor",
+    "buffer_size",
+    "gamma",
+    "n_step",
+    "prioritized_replay_alpha",
+    "full_action_space",
+)
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
-METRICS = ("td_loss", "q_values", "abs_td_error")  # in losses/
-FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_actors", "envs_per_actor", "buffer_size")  # on --resume
-FIXED_FLAGS += ("gamma", "n_step", "prioritized_replay_alpha", "full_action_space")
+STACK = 4  # frames in an observation
+HISTORY = STACK - 1  # frames of an observation that are older than the newest
+SIZE = 84  # height and width of a frame
+FRAME_SKIP = 4  # emulator frames in an agent step
+NOOP_MAX = 30  # most idle frames at the start of a game
 CHUNK = 50  # steps of each environment that an actor sends at a time, as in the paper
 REQUESTS = 3  # chunks asked of each actor in advance, so that it never waits for the learner
 SILENCE = 60  # seconds without a chunk after which an actor is missed
 PRIORITY_EPS = 1e-6  # added to the error, so that no transition is lost for good
-cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
-gym.register_envs(ale_py)
-ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-
-
-@dataclass
-class RunFlags:
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run's name"""
-    seed: int = 1
-    """random seed"""
-    total_timesteps: int = 10_000_000
-    """steps of the whole run, of all games together; a step is 4 emulator frames"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
-    torch_deterministic: bool = True
-    """let cuDNN use deterministic algorithms only"""
-    run_dir: str = "runs"
-    """folder in which each run gets a folder of its own"""
-    checkpoint_frequency: int = 500_000
-    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
-    resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
-
-
-@dataclass
-class WandbFlags:
-    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """where W&B records the run; auto is online if you have logged in, else offline"""
-    wandb_project_name: str = "watchrl"
-    """W&B project of the run"""
-    wandb_entity: str | None = None
-    """W&B team or user of the run; None is your own account"""
-    wandb_group: str | None = None
-    """W&B group of the run; None is one for each game and --exp-name"""
-
-
-@dataclass
-class EvaluationFlags:
-    evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
-    capture_video: bool = True
-    """make a video of the first game of each evaluation"""
-    video_length: int = 4500
-    """longest video in steps, 15 a second; 4500 are 5 minutes"""
-    eval_frequency: int = 500_000
-    """steps from one evaluation to the next; 0 evaluates only at the end"""
-    eval_episodes: int = 5
-    """games played in an evaluation"""
-    eval_epsilon: float = 0.0
-    """probability of a random action in an evaluation"""
-
-
-@dataclass
-class GameFlags:
-    env_id: str = "Breakout"
-    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
-    num_actors: int | None = None
-    """processes that play; None is one for each core or CPU of the cluster but one, which is the learner's"""
-    envs_per_actor: int = 8
-    """games that an actor plays side by side, each with the epsilon of one of the paper's actors"""
-    ray_address: str = "local"
-    """Ray cluster that runs the actors: an address or auto; local starts one on this machine alone"""
-    sticky_actions: float = 0.0
-    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
-    max_episode_frames: int = 108_000
-    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
-    episodic_life: bool = True
-    """end an episode of learning when a life is lost; the game goes on"""
-    full_action_space: bool = False
-    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
 
 
 @dataclass
@@ -205,381 +156,83 @@ class AlgorithmFlags:
 
 
 @dataclass
-class Args(AlgorithmFlags, GameFlags, EvaluationFlags, WandbFlags, RunFlags):
-    """All flags. ``--help`` shows them in these groups."""
-
-
-def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
-
-    def read(words: list[str]) -> int:
-        value = float(words[0])
-        if not value.is_integer():
-            raise ValueError(f"{words[0]} is not a whole number")
-        return int(value)
-
-    if info.type is not int:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT",
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [f"{value:_}"],
-    )
-
-
-def plain_switch(word: str) -> str:
-    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
-    flag, _, value = word.partition("=")
-    name = flag.lstrip("-").replace("-", "_")
-    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
-        return word
-    return flag if value.lower() == "true" else f"--no-{name}"
-
-
-def parse_args(default: Args | None = None) -> Args:
-    """The flags of the command line; those that are not given are as in ``default``.
-
-    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
-    """
-    groups = {
-        "algorithm": AlgorithmFlags,
-        "game": GameFlags,
-        "evaluation": EvaluationFlags,
-        "W&B": WandbFlags,
-        "run": RunFlags,
-    }
-    default = default or Args()
-    types, defaults = {}, {}
-    for title, group in groups.items():
-        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
-        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
-    registry = ConstructorRegistry()
-    registry.primitive_rule(whole_number)
-    parsed = tyro.cli(
-        TypedDict("Flags", types),
-        args=[plain_switch(word) for word in sys.argv[1:]],
-        default=defaults,
-        description=__doc__.splitlines()[0],
-        config=(tyro.conf.OmitArgPrefixes,),
-        registry=registry,
-    )
-    args = Args()
-    for group in parsed.values():
-        vars(args).update(vars(group))
-    if "" in (args.resume, args.evaluate):
-        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
-    if args.resume and args.evaluate:
-        sys.exit("error: --resume trains and --evaluate does not: give one of them")
-    args.env_id = game_name(args.env_id)
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Ends the program with one sentence if a flag is out of its range."""
-    ranges = [
-        ("total_timesteps video_length eval_episodes", 1, 10**12),
-        ("max_episode_frames", FRAME_SKIP * CHUNK, 10**12),
-        ("checkpoint_frequency eval_frequency", 0, 10**12),
-        ("seed", 0, 2**31),
-        ("sticky_actions eval_epsilon", 0, 1),
-        ("num_actors", 1, 1000),
-        ("envs_per_actor", 1, 100),
-        ("learning_rate", 1e-12, 1),
-        ("gamma epsilon_base prioritized_replay_alpha prioritized_replay_beta", 0, 1),
-        ("epsilon_exponent", 0, 1000),
-        ("buffer_size", 1, 10**9),
-        ("n_step", 1, CHUNK - STACK),
-        ("batch_size", 1, 2**14),  # an update takes 0.4 MB for each
-        ("learning_starts", 0, 10**12),
-        ("target_network_frequency weights_frequency", 1, 10**12),
-        ("steps_per_update", 0.01, 10**6),
-        ("max_grad_norm", 1e-12, 10**6),
-    ]
-    for names, low, high in ranges:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:  # nan is not in any range
-                flag = f"--{name.replace('_', '-')}"
-                sys.exit(f"error: {flag} is {value:,}: it must be between {low:,} and {high:,}")
-    usable = min(args.learning_starts, args.buffer_size)
-    if args.batch_size > usable and not args.evaluate:
-        stored = f"the {usable} transitions that are stored when learning starts"
-        advice = "lower it, or raise --learning-starts and --buffer-size"
-        sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
-    if ray is None and not args.evaluate:
-        sys.exit("error: Ray is not installed: pip install 'ray>=2.50'")
-
-
-def device_types() -> list[str]:
-    """The kinds of device that this machine has, the fastest first."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return [accelerator.type, "cpu"] if accelerator else ["cpu"]
-
-
-def find_device(name: str) -> torch.device:
-    """The device that ``--device`` means; ends the program if this machine has none such."""
-    usable = device_types()
-    try:
-        device = torch.device(usable[0] if name == "auto" else name)
-    except RuntimeError:
-        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
-    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
-        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
-    return device
-
-
-def find_precision(name: str, device: torch.device) -> str:
-    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
-    if name == "auto":
-        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
-    return name
-
-
-def set_up_torch(args: Args, device: torch.device) -> None:
-    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.backends.cudnn.benchmark = not args.torch_deterministic
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-
-
-def guard_streams() -> None:
-    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
-
-    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
-    file opened would take the number of a closed stream.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
-            stream.reconfigure(errors="replace", line_buffering=True)
-            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
-            raw.write = lossy(raw.write)
-
-
-def lossy(write):
-    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
-
-    def write_or_lose(data) -> int:
-        try:
-            return write(data) or len(data)  # None: a pipe is full and does not block
-        except OSError:
-            return len(data)
-
-    return write_or_lose
-
-
-def say(text: str, file=None) -> None:
-    """Prints a line beside the progress bar, to stdout unless another stream is given."""
-    tqdm.write(text, file=file)
-
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-def catch_signals() -> list[int]:
-    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
-
-    Those that are ignored stay so: nohup and scripts have their reasons.
-    """
-    caught = []
-
-    def catch(number: int, _) -> None:
-        if not caught:
-            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
-            with suppress(OSError):
-                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
-        caught.append(number)
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, catch)
-    return caught
-
-
-def run_main() -> None:
-    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
-
-    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
-    """
-    guard_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
-    exit_code = main()
-    if exit_code > 128:
-        signal.signal(exit_code - 128, signal.SIG_DFL)
-        atexit._run_exitfuncs()
-        signal.raise_signal(exit_code - 128)
-    sys.exit(exit_code)
-
-
-# ------------------------------------------------------------------------------------------- Atari environment
-
-STACK = 4  # frames in an observation
-HISTORY = STACK - 1  # frames of an observation that are older than the newest
-SIZE = 84  # height and width of a frame
-FRAME_SKIP = 4  # emulator frames in an agent step
-NOOP_MAX = 30  # most idle frames at the start of a game
-
-
-def game_name(env_id: str) -> str:
-    """'Breakout' for 'Breakout', 'ALE/Breakout-v5' and 'BreakoutNoFrameskip-v4'.
-
-    Ends the program with the closest names if there is no such game.
-    """
-    games = [name.removeprefix("ALE/").removesuffix("-v5") for name in gym.registry if name.startswith("ALE/")]
-    name = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
-    if name not in games:
-        close = difflib.get_close_matches(name, games) or ["Breakout", "Pong"]
-        sys.exit(f"error: --env-id {env_id} is no game here: did you mean {', '.join(close)}?")
-    return name
-
-
-def unwrap(reward: float) -> float:
-    """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
-
-    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
-    no other reason.
-    """
-    for limit in (1e5, 1e6, 1e7):
-        if -limit < reward <= -0.9 * limit:
-            return reward + limit
-    return reward
-
-
-class Atari(gym.Wrapper):
-    """One Atari game as the network sees it (Mnih et al. 2015, Methods).
-
-    Observations are ``uint8 [4, 84, 84]``, the newest frame last, zeros before an episode's first frame; they are
-    views that the next ``step`` or ``reset`` overwrites. A frame is the maximum of the last two of 4 emulator frames
-    in ALE's grayscale, resized by area. Rewards are clipped to their sign. When a game ends, ``info["episode"]`` has
-    its true return ``r``, its length ``l`` in agent steps, and ``unique_frames``, the share of its frames that had
-    not occurred before in it: it falls when an agent farms one reward in a loop.
-
-    An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
-    at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
-    is such an action.
-
-    Another environment in its place needs the same methods, and ``game``, ``action_names``, ``stack``, ``lives``,
-    ``game_ended``, ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
-    """
-
-    def __init__(self, args: Args):
-        self.game = game_name(args.env_id)
-        env = gym.make(
-            f"ALE/{self.game}-v5",
-            obs_type="grayscale",
-            frameskip=1,
-            repeat_action_probability=0,  # actions stick here: the emulator's state does not hold the last one
-            full_action_space=args.full_action_space,
-            max_num_frames_per_episode=0,  # the limit is kept here, where it is told from the end of a game
-            render_mode="rgb_array",
-        )
-        super().__init__(env.unwrapped)
-        self.ale = self.unwrapped.ale
-        self.action_names = self.unwrapped.get_action_meanings()
-        self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
-        self.fire_action = self.action_names.index("FIRE") if "FIRE" in self.action_names else None
-        self.max_episode_frames, self.episodic_life = args.max_episode_frames, args.episodic_life
-        self.sticky_actions = args.sticky_actions
-        self.last_action = ale_py.Action.NOOP  # the action of the last emulator frame
-        self.observation_space = gym.spaces.Box(0, 255, (STACK, SIZE, SIZE), np.uint8)
-        self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
-        self.recording = False  # set it before ``reset``
-        self.colors = np.zeros((*self.screens.shape, 3), np.uint8)  # the same in RGB, while recording
-        self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
-        self.game_ended, self.lives = True, 0
-        self.episode_return, self.episode_length, self.frames_seen = 0.0, 0, set()
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
-        if self.game_ended or seed is not None:
-            self.env.reset(seed=seed)
-            for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-                self.ale.act(ale_py.Action.NOOP)
-                if self.ale.game_over(with_truncation=False):
-                    self.env.reset()
-            self.ale.getScreenGrayscale(self.screens[0])
-            self.screens[1] = 0
-            self.colors[:] = self.ale.getScreenRGB()
-            self.last_action = ale_py.Action.NOOP
-            self.game_ended = False
-            self.episode_return, self.episode_length = 0.0, 0
-            self.frames_seen.clear()
-            self._push_frame()
-        self.stack[:-1] = 0
-        if self.fire_action is not None:
-            self._repeat_action(self.fire_action)
-            self.stack[:-1] = 0
-            if self.game_ended:
-                return self.reset()
-        self.lives = self.ale.lives()
-        return self.stack, {}
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Repeats the action for 4 emulator frames; the reward is the sign of their sum."""
-        reward = self._repeat_action(action)
-        lives = self.ale.lives()
-        # some games show 0 lives for a few frames before they end: those are no new episode
-        life_lost, self.lives = 0 < lives < self.lives, lives
-        terminated = self.game_ended or (self.episodic_life and life_lost)
-        truncated = not self.game_ended and self.ale.getEpisodeFrameNumber() >= self.max_episode_frames
-        self.game_ended |= truncated
-        info = {}
-        if self.game_ended:
-            info["episode"] = {"r": self.episode_return, "l": self.episode_length, "unique_frames": self.unique_frames}
-        return self.stack, float(np.sign(reward)), terminated, truncated, info
+class GameFlags:
+    env_id: str = "Breakout"
+    """name of the game: Breakout, ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are the same here"""
+    num_actors: int | None = None
+    """processes that play; None is one for each core or CPU of the cluster but one, which is the learner's"""
+    envs_per_actor: int = 8
+    """games that an actor plays side by side, each with the epsilon of one of the paper's actors"""
+    ray_address: str = "local"
+    """Ray cluster that runs the actors: an address or auto; local starts one on this machine alone"""
+    sticky_actions: float = 0.0
+    """probability that the emulator repeats the last action in a frame instead of taking the new one"""
+    max_episode_frames: int = 108_000
+    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    episodic_life: bool = True
+    """end an episode of learning when a life is lost; the game goes on"""
+    full_action_space: bool = False
+    """every action of the joystick (18, in Skiing and LostLuggage 9) instead of those that the game uses"""
 
     @property
-    def unique_frames(self) -> float:
-        return len(self.frames_seen) / (self.episode_length + 1)
+    def num_envs(self) -> int:
+        """games of all actors"""
+        return self.num_actors * self.envs_per_actor
 
-    def screen(self) -> np.ndarray:
-        """The game's picture, uint8 [height, width, 3], RGB: the current emulator frame.
 
-        While ``recording``, the maximum of the last two, as the network sees it: many games draw a sprite in every
-        other frame only. Of a game that has ended, these are its very last frames, which the network does not see.
-        """
-        return np.maximum(*self.colors) if self.recording else self.ale.getScreenRGB()
+@dataclass
+class EvaluationFlags:
+    evaluate: str | None = None
+    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    capture_video: bool = True
+    """make a video of the first game of each evaluation"""
+    video_length: int = 4500
+    """longest video in steps, 15 a second; 4500 are 5 minutes"""
+    eval_frequency: int = 500_000
+    """steps from one evaluation to the next; 0 evaluates only at the end"""
+    eval_episodes: int = 5
+    """games played in an evaluation"""
+    eval_epsilon: float = 0.0
+    """probability of a random action in an evaluation"""
 
-    def _repeat_action(self, action: int) -> float:
-        reward = 0.0
-        for frame in range(FRAME_SKIP):
-            if not self.sticky_actions or self.np_random.random() >= self.sticky_actions:
-                self.last_action = self.emulator_actions[action]
-            reward += self.ale.act(self.last_action)
-            if self.recording:
-                self.ale.getScreenRGB(self.colors[frame % 2])
-            self.game_ended = self.ale.game_over(with_truncation=False)
-            if self.game_ended:
-                break
-            if frame >= FRAME_SKIP - 2:
-                self.ale.getScreenGrayscale(self.screens[FRAME_SKIP - 1 - frame])
-        if reward < 0:
-            reward = unwrap(reward)
-        self.episode_return += reward
-        self.episode_length += 1
-        self._push_frame()
-        return reward
 
-    def _push_frame(self) -> None:
-        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
-        self.stack[:-1] = self.stack[1:]
-        cv2.resize(self.screens[0], (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
-        self.frames_seen.add(zlib.crc32(self.stack[-1]))  # a collision in every dozenth of the longest games
+@dataclass
+class WandbFlags:
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """where W&B records the run; auto is online if you have logged in, else offline"""
+    wandb_project_name: str = "watchrl"
+    """W&B project of the run"""
+    wandb_entity: str | None = None
+    """W&B team or user of the run; None is your own account"""
+    wandb_group: str | None = None
+    """W&B group of the run; None is one for each game and --exp-name"""
+
+
+@dataclass
+class RunFlags:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, a part of the run's name"""
+    seed: int = 1
+    """random seed"""
+    total_timesteps: int = 10_000_000
+    """steps of the whole run, of all games together; a step is 4 emulator frames"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic algorithms only"""
+    run_dir: str = "runs"
+    """folder in which each run gets a folder of its own"""
+    checkpoint_frequency: int = 500_000
+    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    resume: str | None = None
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
+
+
+@dataclass
+class Args(RunFlags, WandbFlags, EvaluationFlags, GameFlags, AlgorithmFlags):
+    """All flags. ``--help`` shows them in these groups, the algorithm's first."""
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -605,16 +258,21 @@ class QNetwork(nn.Module):
             nn.Flatten(),
             nn.Linear(64 * 7 * 7, 2 * 512),  # the hidden layers of both streams, in one product
             nn.ReLU(),
-        ).to(memory_format=torch.channels_last)
-        self.value, self.advantage = nn.Linear(512, 1), nn.Linear(512, num_actions)
+        )
+        self.trunk.to(memory_format=torch.channels_last)
+        self.value = nn.Linear(512, 1)
+        self.advantage = nn.Linear(512, num_actions)
 
     def streams(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Value, float32 [batch, 1], and advantages, float32 [batch, actions], less their mean (eq. 9)."""
-        with torch.autocast(observations.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.trunk(observations.to(self.dtype) / 255)
+        mixed = self.dtype != torch.float32
+        with torch.autocast(observations.device.type, self.dtype, enabled=mixed):
+            pixels = observations.to(self.dtype) / 255
+            features = self.trunk(pixels)
         value_features, advantage_features = features.float().chunk(2, 1)
+        value = self.value(value_features)
         advantages = self.advantage(advantage_features)
-        return self.value(value_features), advantages - advantages.mean(1, keepdim=True)
+        return value, advantages - advantages.mean(1, keepdim=True)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         value, advantages = self.streams(observations)
@@ -645,24 +303,35 @@ def prioritize(td_errors, alpha: float):
 class Replay:
     """The last ``buffer_size`` transitions and their priorities, stored as single frames on ``device``.
 
-    Each environment has a column, ``rows`` long, that its actor fills round and round at its own pace. A row holds
-    the newest frame of an observation; its age, the number of older frames (up to 3) that belong to it; the action;
-    and what the actor made of the next n steps: return, discount and priority. A sample gathers the 4 + n frames
-    around a row and blanks those from before the episode. The priority is 0, so that the row is never drawn, while its
-    n successors are not stored yet, once a part of its frames is overwritten, and where truncation cut it off.
+    Each array has one place for each environment and step: the newest frame of an observation; its age, the number of
+    older frames (up to 3) that belong to it; the action; and what the actor made of the next n steps: return, discount
+    and priority. The environments of a step lie side by side, the steps in a ring, which each actor fills at its own
+    pace. A sample gathers the 4 + n frames around a step and blanks those from before the episode. The priority is 0,
+    so that a step is never drawn, while its n successors are not stored yet, once a part of its frames is overwritten,
+    and where truncation cut it off.
     """
 
     ARRAYS = ("frames", "ages", "actions", "returns", "discounts", "priorities")
 
     def __init__(self, args: Args, device: torch.device):
-        self.num_envs, self.envs_per_actor = args.num_actors * args.envs_per_actor, args.envs_per_actor
-        self.rows, self.n_step, self.device = args.buffer_size // self.num_envs, args.n_step, device
-        self.alpha, self.beta = args.prioritized_replay_alpha, args.prioritized_replay_beta
-        shape = (self.rows, self.num_envs)
-        self.frames = blank_frames((*shape, SIZE, SIZE), device)
-        self.ages, self.actions = (torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(2))
-        self.returns, self.discounts, self.priorities = (torch.zeros(shape, device=device) for _ in range(3))
+        self.args = args
+        self.num_envs = args.num_envs
+        self.max_steps = args.buffer_size // args.num_envs
+        self.capacity = self.max_steps * args.num_envs
+        self.n_step = args.n_step
+        self.device = device
+        self.frames = blank_frames((self.capacity, SIZE, SIZE), device)
+        self.ages = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
+        self.returns = torch.zeros(self.capacity, device=device)
+        self.discounts = torch.zeros(self.capacity, device=device)
+        self.priorities = torch.zeros(self.capacity, device=device)
         self.num_steps = [0] * args.num_actors  # stored of each environment of an actor
+
+    @property
+    def size(self) -> int:
+        """Transitions stored, those that are not to be drawn included."""
+        return sum(min(steps, self.max_steps) for steps in self.num_steps) * self.args.envs_per_actor
 
     def add(self, actor: int, chunk: dict, follows: bool) -> None:
         """Stores a chunk of ``Actor.play``: the frames of its steps, and the transitions that they complete.
@@ -670,16 +339,19 @@ class Replay:
         Those began ``n_step`` steps earlier. Unless the chunk ``follows`` the one that was stored last, those that
         need frames from before it are left out.
         """
-        start, envs = self.num_steps[actor], slice(actor * self.envs_per_actor, (actor + 1) * self.envs_per_actor)
-        rows = torch.arange(start - self.n_step, start + CHUNK + HISTORY, device=self.device) % self.rows
-        arrays = {name: upload(chunk[name], self.device) for name in self.ARRAYS}
+        start = self.num_steps[actor]
+        steps = torch.arange(start - self.n_step, start + CHUNK + HISTORY, device=self.device)
+        envs_per_actor = self.args.envs_per_actor
+        envs = torch.arange(envs_per_actor, device=self.device) + actor * envs_per_actor
+        places = (steps[:, None] * self.num_envs + envs) % self.capacity  # [n + CHUNK + 3, envs_per_actor]
+        for name in self.ARRAYS:
+            first = self.n_step if name == "frames" else 0
+            values = upload(chunk[name], self.device)
+            getattr(self, name)[places[first : first + CHUNK]] = values
         if not follows:
-            arrays["priorities"][: self.n_step + HISTORY] = 0
-        for name, array in arrays.items():
-            to = rows[self.n_step :][:CHUNK] if name == "frames" else rows[:CHUNK]
-            getattr(self, name)[:, envs].index_copy_(0, to, array)
+            self.priorities[places[: self.n_step + HISTORY]] = 0
         # the newest, whose successors are still to come, and the oldest, whose older frames have just gone
-        self.priorities[:, envs].index_fill_(0, rows[CHUNK:], 0)
+        self.priorities[places[CHUNK:]] = 0
         self.num_steps[actor] += CHUNK
 
     def sample(self, batch_size: int) -> Batch:
@@ -688,47 +360,43 @@ class Replay:
         One is drawn from each of ``batch_size`` equal shares of the priorities' sum (Schaul et al. 2016, B.2.1).
         """
         # float64: a sum of millions of terms, and the highest draw, 1 - 2**-24, must stay below it
-        cumulative = self.priorities.flatten().cumsum(0, dtype=torch.float64)
-        draws = torch.arange(batch_size, device=self.device) + torch.rand(batch_size, device=self.device).double()
+        cumulative = self.priorities.cumsum(0, dtype=torch.float64)
+        shares = torch.arange(batch_size, device=self.device)
+        draws = shares + torch.rand(batch_size, device=self.device).double()
         indices = torch.searchsorted(cumulative, draws / batch_size * cumulative[-1], right=True)
-        rows, envs = indices // self.num_envs, indices % self.num_envs
 
-        frames = self._window(self.frames, rows, envs, -HISTORY, self.n_step + 1)
-        ages = self.ages.flatten()[indices]
-        same_episode = ages[:, None] >= torch.arange(HISTORY, 0, -1, device=self.device)
-        frames[:, :HISTORY] *= same_episode[:, :, None, None].to(torch.uint8)
+        offsets = torch.arange(-HISTORY, self.n_step + 1, device=self.device) * self.num_envs
+        places = (indices[:, None] + offsets) % self.capacity  # [batch, 4 + n]: 3 steps before, the drawn one, n after
+        frames = self.frames.index_select(0, places.flatten())  # many times faster than self.frames[places]
+        frames = frames.unflatten(0, places.shape)
+        ages = self.ages.take(indices)
+        for i in range(HISTORY):  # a frame that is older than the episode is blank
+            same_episode = ages >= HISTORY - i
+            frames[:, i] *= same_episode[:, None, None]
+
         # (N P(i))^-beta over its largest value in the batch (section 3.4), from which N and the sum vanish
-        weights = self.priorities.flatten()[indices] ** -self.beta
+        weights = self.priorities.take(indices) ** -self.args.prioritized_replay_beta
         return Batch(
             observations=frames[:, :STACK],
-            actions=self.actions.flatten()[indices].long(),
-            returns=self.returns.flatten()[indices],
+            actions=self.actions.take(indices).long(),
+            returns=self.returns.take(indices),
             next_observations=frames[:, self.n_step :],
-            discounts=self.discounts.flatten()[indices],
+            discounts=self.discounts.take(indices),
             weights=weights / weights.max(),
             indices=indices,
         )
 
-    @property
-    def size(self) -> int:
-        """Transitions stored, those that are not to be drawn included."""
-        return sum(min(steps, self.rows) for steps in self.num_steps) * self.envs_per_actor
-
     def update_priorities(self, indices: torch.Tensor, td_errors: torch.Tensor) -> None:
-        self.priorities.view(-1)[indices] = prioritize(td_errors, self.alpha)
-
-    def _window(self, array, steps, envs, start: int, stop: int) -> torch.Tensor:
-        """Entries of the steps ``start`` to ``stop - 1`` after each of ``steps``: [batch, stop - start, ...]."""
-        rows = (steps[:, None] + torch.arange(start, stop, device=self.device)) % self.rows
-        indices = rows * self.num_envs + envs[:, None]  # index_select is many times faster than array[rows, envs]
-        return array.flatten(0, 1).index_select(0, indices.flatten()).unflatten(0, rows.shape)
+        self.priorities[indices] = prioritize(td_errors, self.args.prioritized_replay_alpha)
 
     def state_dict(self) -> dict:
         """The filled part of the arrays; on the CPU these are views, not copies."""
-        filled = min(max(self.num_steps), self.rows)
-        arrays = {name: getattr(self, name)[:filled].cpu() for name in self.ARRAYS}
-        # torch.save writes whole storages: through numpy, the slice is one of its own
-        return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()} | {"num_steps": self.num_steps}
+        filled = min(max(self.num_steps) * self.num_envs, self.capacity)
+        state = {"num_steps": self.num_steps}
+        for name in self.ARRAYS:
+            array = getattr(self, name)[:filled].cpu()
+            state[name] = torch.from_numpy(array.numpy())  # else torch.save would write the whole array
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Raises an error unless the state is of such a replay."""
@@ -736,75 +404,22 @@ class Replay:
         sane = all(type(steps) is int and 0 <= steps < 2**62 for steps in num_steps)
         if not sane or len(num_steps) != len(self.num_steps):
             raise ValueError(f"num_steps is {num_steps}")
-        filled = min(max(num_steps), self.rows)
+        filled = min(max(num_steps) * self.num_envs, self.capacity)
         for name in self.ARRAYS:
             fill(getattr(self, name)[:filled], state[name])
         self.num_steps = num_steps
 
 
-def blank_frames(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Zeros, uint8. In main memory they take space as they are written to; ``torch.zeros`` would take it at once."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=torch.uint8, device=device)
-    try:
-        return torch.from_numpy(np.zeros(shape, np.uint8))
-    except MemoryError:
-        needed = f"{math.prod(shape) / 1e9:.1f} GB"
-        sys.exit(f"error: the replay needs {needed}, more than this process may have (ulimit): lower --buffer-size")
+# ------------------------------------------------------------------------------------------------------ actor
 
-
-def free_memory(device: torch.device, root: str = "/") -> float:
-    """Bytes that a replay or rollout may take on ``device``.
-
-    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
-    cgroups = Path(root, "proc/self/cgroup")
-    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
-        for level in (folder, *folder.parents):
-            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
-                text = file.read_text().strip() if file.is_file() else "max"
-                limits += [int(text)] if text.isdigit() else []
-    return min(limits) - 1e9  # 1 GB for the program and the games
-
-
-def check_memory(flag: str, needed: float, device: torch.device) -> None:
-    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
-    free = max(free_memory(device), 0)
-    if needed > free:
-        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
-
-
-def find_replay_device(args: Args, device: torch.device) -> torch.device:
-    """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
-
-    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
-    """
-    if args.replay_device == "cuda" and device.type != "cuda":
-        sys.exit(f"error: --replay-device cuda is not for a learner on {device}: leave it out")
-    main_memory = torch.device("cpu")
-    needed = args.buffer_size * BYTES_PER_TRANSITION
-    check_memory(f"--buffer-size {args.buffer_size}", needed, main_memory)
-    if device.type != "cuda" or args.replay_device == "cpu":
-        return main_memory
-    if args.replay_device == "cuda":
-        check_memory(f"--buffer-size {args.buffer_size}", needed, device)
-    return device if needed <= free_memory(device) else main_memory
-
-
-# ----------------------------------------------------------------------------------------------------- actors
-
-TERMINATED, CUT = 1, 2  # how an episode ended at a step: with its last reward, or cut off by truncation
+RUNNING, TERMINATED, CUT = 0, 1, 2  # how an episode ended at a step, if it did: CUT is a truncation
 
 
 def epsilons(args: Args) -> np.ndarray:
     """Epsilon of each environment of all actors, the greediest last (Horgan et al. 2018, section 4.1)."""
-    last = args.num_actors * args.envs_per_actor - 1
-    return args.epsilon_base ** (1 + args.epsilon_exponent * np.arange(last + 1) / max(last, 1))
+    last = args.num_envs - 1
+    exponents = 1 + args.epsilon_exponent * np.arange(args.num_envs) / max(last, 1)
+    return args.epsilon_base**exponents
 
 
 def n_step_returns(rewards: np.ndarray, ends: np.ndarray, n_step: int, gamma: float) -> tuple[np.ndarray, ...]:
@@ -815,11 +430,14 @@ def n_step_returns(rewards: np.ndarray, ends: np.ndarray, n_step: int, gamma: fl
     transition is not valid, for what would have followed is not known.
     """
     steps = len(rewards) - n_step
-    returns, (alive, valid) = np.zeros_like(rewards[:steps]), np.ones((2, *rewards[:steps].shape), np.bool_)
+    returns = np.zeros_like(rewards[:steps])
+    alive = np.ones(returns.shape, np.bool_)
+    valid = np.ones(returns.shape, np.bool_)
     for k in range(n_step):
+        end = ends[k : k + steps]
         returns += gamma**k * rewards[k : k + steps] * alive
-        valid &= ~(alive & (ends[k : k + steps] == CUT))
-        alive &= ends[k : k + steps] == 0
+        valid &= ~(alive & (end == CUT))
+        alive &= end == RUNNING
     return returns, np.float32(gamma**n_step) * alive, valid
 
 
@@ -835,21 +453,26 @@ class Actor:
         cv2.setNumThreads(1)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         torch.set_num_threads(1)
-        self.n_step, self.gamma, self.alpha = args.n_step, args.gamma, args.prioritized_replay_alpha
+        self.args = args
+        self.n_step = args.n_step
         self.numbers = number + args.num_actors * np.arange(args.envs_per_actor)  # every actor explores and exploits
-        self.epsilons, self.rng = epsilons(args)[self.numbers], np.random.default_rng([args.seed, number, start])
-        self.envs = [Atari(args) for _ in self.numbers]
+        self.epsilons = epsilons(args)[self.numbers]
+        self.rng = np.random.default_rng([args.seed, number, start])
+        self.envs = [Game(args) for _ in self.numbers]
         dtype = getattr(torch, find_precision(args.precision, torch.device("cpu")))
         self.network = QNetwork(int(self.envs[0].action_space.n), dtype)
         self.network.trunk.to(dtype)  # it is never trained: cast once for all steps
-        self.observations = np.stack([env.reset(seed=int(self.rng.integers(2**31)))[0] for env in self.envs])
+        seeds = self.rng.integers(2**31, size=len(self.envs)).tolist()
+        self.observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)])
         self.ages = np.zeros(len(self.envs), np.uint8)
         # the last n_step steps of the chunk before and those of this one: q_taken is Q(s, a), q_best max_a Q(s, a)
         shape = (self.n_step + CHUNK, len(self.envs))
         self.steps = {name: np.zeros(shape, np.uint8) for name in ("ages", "actions", "ends")}
         self.steps |= {name: np.zeros(shape, np.float32) for name in ("rewards", "q_taken", "q_best")}
         self.steps["frames"] = np.zeros((*shape, SIZE, SIZE), np.uint8)
-        self.num_steps, self.updates, self.finished = 0, None, time.perf_counter()
+        self.num_steps = 0
+        self.updates = None  # after which the network's weights were made
+        self.finished = time.perf_counter()
 
     @torch.inference_mode()
     def play(self, weights: dict[str, np.ndarray], updates: int) -> dict:
@@ -861,45 +484,399 @@ class Actor:
         ``updates``; and ``waiting``, the share of time in which nothing was asked of it. The arrays may be views that
         the next call overwrites.
         """
-        called, steps, games = time.perf_counter(), self.steps, []
+        called = time.perf_counter()
         if updates != self.updates:
             self.network.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
             self.updates = updates
+        steps = self.steps
         for array in steps.values():
             array[: self.n_step] = array[CHUNK:]
-        for step in range(self.n_step, self.n_step + CHUNK):
-            q_values = self.network(torch.from_numpy(self.observations)).numpy()
-            explore = self.rng.random(len(self.envs)) < self.epsilons
-            actions = np.where(explore, self.rng.integers(q_values.shape[1], size=explore.size), q_values.argmax(1))
-            steps["q_taken"][step], steps["q_best"][step] = q_values[np.arange(len(actions)), actions], q_values.max(1)
-            steps["frames"][step], steps["actions"][step] = self.observations[:, -1], actions
-            steps["ages"][step] = self.ages
-            for i, env in enumerate(self.envs):
-                observation, steps["rewards"][step, i], terminated, truncated, info = env.step(int(actions[i]))
-                steps["ends"][step, i] = TERMINATED if terminated else truncated * CUT
-                self.ages[i] = min(self.ages[i] + 1, HISTORY)
-                if terminated or truncated:
-                    observation, self.ages[i] = env.reset()[0], 0
-                self.observations[i] = observation
-                games += [info["episode"] | {"env": int(self.numbers[i])}] if info else []
+        games = []
+        for t in range(self.n_step, self.n_step + CHUNK):
+            games += self.step(t)
+        first_step = self.num_steps
+        self.num_steps += CHUNK
 
-        returns, discounts, valid = n_step_returns(steps["rewards"], steps["ends"], self.n_step, self.gamma)
+        returns, discounts, valid = n_step_returns(steps["rewards"], steps["ends"], self.n_step, self.args.gamma)
         td_errors = returns + discounts * steps["q_best"][self.n_step :] - steps["q_taken"][:CHUNK]
-        now = time.perf_counter()
-        waiting, self.finished = (called - self.finished) / (now - self.finished), now
-        first_step, self.num_steps = self.num_steps, self.num_steps + CHUNK
+        idle = called - self.finished
+        busy = time.perf_counter() - called
+        self.finished = called + busy
         return {
             "frames": steps["frames"][self.n_step :],
             "ages": steps["ages"][:CHUNK],
             "actions": steps["actions"][:CHUNK],
             "returns": returns,
             "discounts": discounts,
-            "priorities": prioritize(td_errors, self.alpha) * valid,
+            "priorities": prioritize(td_errors, self.args.prioritized_replay_alpha) * valid,
             "games": games,
             "first_step": first_step,
             "updates": updates,
-            "waiting": waiting,
+            "waiting": idle / (idle + busy),
         }
+
+    def step(self, t: int) -> list[dict]:
+        """Makes one step of all environments, number ``t`` in ``steps``; returns the games that ended."""
+        q_values = self.network(torch.from_numpy(self.observations)).numpy()
+        greedy = q_values.argmax(1)
+        random = self.rng.integers(q_values.shape[1], size=greedy.shape)
+        explore = self.rng.random(greedy.shape) < self.epsilons
+        actions = np.where(explore, random, greedy)
+        steps = self.steps
+        steps["frames"][t] = self.observations[:, -1]
+        steps["ages"][t] = self.ages
+        steps["actions"][t] = actions
+        steps["q_taken"][t] = np.take_along_axis(q_values, actions[:, None], 1).squeeze(1)
+        steps["q_best"][t] = q_values.max(1)
+        games = []
+        for i, env in enumerate(self.envs):
+            observation, reward, terminated, truncated, info = env.step(int(actions[i]))
+            steps["rewards"][t, i] = reward
+            steps["ends"][t, i] = TERMINATED if terminated else truncated * CUT
+            self.ages[i] = min(self.ages[i] + 1, HISTORY)
+            if info:
+                games.append(info["episode"] | {"env": int(self.numbers[i])})
+            if terminated or truncated:
+                observation, _ = env.reset()
+                self.ages[i] = 0
+            self.observations[i] = observation
+        return games
+
+
+# ------------------------------------------------------------------------------------------------------ agent
+
+
+class Agent:
+    """Q-network, target network and optimizer."""
+
+    PARTS = ("q_network", "target_network", "optimizer", "metrics")  # of a checkpoint
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device):
+        self.args = args
+        self.device = device
+        self.precision = find_precision(args.precision, device)
+        dtype = getattr(torch, self.precision)
+        self.q_network = QNetwork(num_actions, dtype).to(device)
+        self.target_network = QNetwork(num_actions, dtype).to(device)
+        self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
+        self.update_target()
+        self.optimizer = torch.optim.RMSprop(
+            self.q_network.parameters(),
+            args.learning_rate,
+            alpha=0.95,
+            eps=1.5e-7**0.5,  # the paper's epsilon stands under the root, torch's beside it
+            centered=True,
+            capturable=device.type == "cuda",
+        )
+        self.updates = 0  # made so far
+        self.metrics = Means(device)
+
+    def update(self, observations, actions, returns, next_observations, discounts, weights) -> torch.Tensor:
+        """One step on the weighted squared TD errors of a ``Batch``; returns these errors, float32 [batch].
+
+        The online network chooses the action that the target network evaluates (van Hasselt et al. 2016).
+        """
+        with torch.no_grad():
+            best = self.q_network(next_observations).argmax(1, keepdim=True)
+            next_values = self.target_network(next_observations).gather(1, best).squeeze(1)
+            td_target = returns + discounts * next_values
+        q_values = self.q_network(observations)
+        q_values = q_values.gather(1, actions[:, None]).squeeze(1)
+        td_errors = td_target - q_values
+        loss = 0.5 * (weights * td_errors**2).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.q_network.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.metrics.add({"td_loss": loss, "q_values": q_values, "abs_td_error": td_errors.abs()})
+        return td_errors.detach()
+
+    def update_target(self) -> None:
+        self.target_network.load_state_dict(self.q_network.state_dict())
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The Q-network's weights for the actors; on the CPU these are views, not copies."""
+        return {name: tensor.cpu().numpy() for name, tensor in self.q_network.state_dict().items()}
+
+    @torch.no_grad()
+    def think(self, observation: torch.Tensor) -> tuple[tuple[float, np.ndarray], int]:
+        """What the overlay shows of one observation, value and advantages float32 [actions], and the greedy action."""
+        value, advantages = self.q_network.streams(observation[None])
+        advantages = advantages[0].cpu().numpy()
+        return (value.item(), advantages), int(advantages.argmax())
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name).state_dict() for name in self.PARTS} | {"updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.q_network.load_state_dict(state["q_network"])
+        self.target_network.load_state_dict(state["target_network"])
+        load_moments(self.optimizer, state["optimizer"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.updates = int(state["updates"])
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
+    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
+    keep_freed_memory()
+    start_ray(args)
+    set_up_learner(args, device)
+    agent = Agent(args, int(Game(args).action_space.n), device)
+    replay = Replay(args, find_replay_device(args, device))
+    run = Run(args, run_dir, agent, {"replay": replay})
+    global_step = run.start(resume)
+    actors = Actors(args, global_step)
+    actors.publish(agent.weights(), agent.updates)
+
+    learn = capture_learning(args, agent, replay)
+    free_running = args.steps_per_update is None  # learner and actors do not wait for each other
+    owed = 0.0  # updates still to be made
+    logged_updates = agent.updates
+    weights_ages = []  # of each chunk since the last log, in updates
+    waiting = []  # the same, its actor's share of the time
+
+    def passed(frequency: int) -> int:
+        """How many multiples of ``frequency`` the chunks received last have reached."""
+        return multiples(frequency, before, global_step)
+
+    with run, closing(actors):
+        while global_step < args.total_timesteps and not run.stop_signals:
+            # store what the actors have played; wait for it only if there is nothing to learn
+            before = global_step
+            can_learn = free_running and global_step > args.learning_starts
+            for actor, chunk, follows in actors.receive(patience=0 if can_learn else 1):
+                replay.add(actor, chunk, follows)
+                global_step += CHUNK * args.envs_per_actor
+                run.log_games(chunk["games"], global_step)
+                weights_ages.append(agent.updates - chunk["updates"])
+                waiting.append(chunk["waiting"])
+
+            # learn
+            if global_step > args.learning_starts:
+                owed = 1 if free_running else owed + (global_step - before) / args.steps_per_update
+            while owed >= 1 and not run.stop_signals:
+                learn()
+                owed -= 1
+                agent.updates += 1
+                if agent.updates % args.target_network_frequency == 0:
+                    agent.update_target()
+            if passed(args.weights_frequency * args.num_envs) and agent.updates > actors.updates:
+                actors.publish(agent.weights(), agent.updates)
+
+            # log, save, evaluate
+            if passed(LOG_FREQUENCY):
+                charts = {
+                    "updates_per_second": (agent.updates - logged_updates) / (time.perf_counter() - run.clock),
+                    "learning_rate": args.learning_rate,
+                    "replay_size": replay.size,
+                    "weights_age": np.mean(weights_ages),
+                    "actors_waiting": np.mean(waiting),
+                }
+                run.log(charts, global_step)
+                logged_updates = agent.updates
+                weights_ages.clear()
+                waiting.clear()
+            if passed(args.checkpoint_frequency):
+                run.save_checkpoint(global_step)
+            if passed(args.eval_frequency) and global_step < args.total_timesteps:
+                run.evaluate(global_step)
+        run.finish(global_step)
+    return run.exit_code
+
+
+def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], None]:
+    """A function that makes one update from the replay: on CUDA one graph, with the sampling if the replay is there."""
+    update = capture(agent.update, agent.device)
+
+    def learn() -> None:
+        *batch, indices = replay.sample(args.batch_size)
+        td_errors = agent.update(*batch)
+        replay.update_priorities(indices, td_errors)
+
+    def learn_from_main_memory() -> None:
+        *batch, indices = replay.sample(args.batch_size)
+        td_errors = update(*(upload(x, agent.device) for x in batch))
+        replay.update_priorities(indices, td_errors.to(replay.device))
+
+    if replay.device == agent.device:
+        return capture(learn, agent.device)
+    return learn_from_main_memory
+
+
+# =============================================================================================================
+#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+# =============================================================================================================
+
+
+# ------------------------------------------------------------------------------------------------ Atari games
+
+
+class Atari(gym.Wrapper):
+    """One Atari game as the network sees it (Mnih et al. 2015, Methods).
+
+    Observations are ``uint8 [4, 84, 84]``, the newest frame last, zeros before an episode's first frame; they are
+    views that the next ``step`` or ``reset`` overwrites. A frame is the maximum of the last two of 4 emulator frames
+    in ALE's grayscale, resized by area. Rewards are clipped to their sign. When a game ends, ``info["episode"]`` has
+    its true return ``r``, its length ``l`` in agent steps, and ``unique_frames``, the share of its frames that had
+    not occurred before in it: it falls when the picture stands still.
+
+    An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
+    at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
+    is such an action.
+
+    A class that takes its place (see ``Game``) needs ``reset``, ``step``, ``screen``, ``find_game``,
+    ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``lives``, ``game_ended``,
+    ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
+    """
+
+    def __init__(self, args: Args):
+        self.game = self.find_game(args.env_id)
+        env = gym.make(
+            f"ALE/{self.game}-v5",
+            obs_type="grayscale",
+            frameskip=1,
+            repeat_action_probability=0,  # actions stick here: the emulator's state does not hold the last one
+            full_action_space=args.full_action_space,
+            max_num_frames_per_episode=0,  # the limit is kept here, where it is told from the end of a game
+            render_mode="rgb_array",
+        )
+        super().__init__(env.unwrapped)
+        self.ale = self.unwrapped.ale
+        self.action_names = self.unwrapped.get_action_meanings()
+        self.emulator_actions = [ale_py.Action[name] for name in self.action_names]
+        self.max_episode_frames = args.max_episode_frames
+        self.episodic_life = args.episodic_life
+        self.sticky_actions = args.sticky_actions
+        self.last_action = ale_py.Action.NOOP  # the action of the last emulator frame
+        self.observation_space = gym.spaces.Box(0, 255, (STACK, SIZE, SIZE), np.uint8)
+        self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # the last two emulator frames
+        self.recording = False  # set it before ``reset``
+        self.colors = np.zeros((*self.screens.shape, 3), np.uint8)  # the same in RGB, while recording
+        self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
+        self.game_ended = True
+        self.lives = 0
+        self.episode_return = 0.0
+        self.episode_length = 0
+        self.frames_seen = set()
+
+    @staticmethod
+    def find_game(env_id: str) -> str:
+        """'Breakout' for 'Breakout', 'ALE/Breakout-v5' and 'BreakoutNoFrameskip-v4'.
+
+        Ends the program if there is no such game.
+        """
+        game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
+        try:
+            gym.spec(f"ALE/{game}-v5")
+        except gym.error.Error as error:
+            sys.exit(f"error: --env-id {env_id} is no game here: {error}")
+        return game
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
+        if self.game_ended or seed is not None:
+            self._start_game(seed)
+        self.stack[:-1] = 0
+        if "FIRE" in self.action_names:
+            self._repeat_action(self.action_names.index("FIRE"))
+            self.stack[:-1] = 0
+            if self.game_ended:
+                return self.reset()
+        self.lives = self.ale.lives()
+        return self.stack, {}
+
+    def _start_game(self, seed: int | None) -> None:
+        self.env.reset(seed=seed)
+        for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
+            self.ale.act(ale_py.Action.NOOP)
+            if self.ale.game_over(with_truncation=False):
+                self.env.reset()
+        self.ale.getScreenGrayscale(self.screens[0])
+        self.screens[1] = 0
+        self.colors[:] = self.ale.getScreenRGB()
+        self.last_action = ale_py.Action.NOOP
+        self.game_ended = False
+        self.episode_return = 0.0
+        self.episode_length = 0
+        self.frames_seen.clear()
+        self._push_frame()
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Repeats the action for 4 emulator frames; the reward is the sign of their sum."""
+        reward = self._repeat_action(action)
+        lives = self.ale.lives()
+        life_lost = 0 < lives < self.lives  # some games show 0 lives for a few frames before they end
+        self.lives = lives
+        terminated = self.game_ended or (self.episodic_life and life_lost)
+        at_limit = self.ale.getEpisodeFrameNumber() >= self.max_episode_frames
+        truncated = at_limit and not self.game_ended
+        self.game_ended |= truncated
+        info = {}
+        if self.game_ended:
+            info["episode"] = {"r": self.episode_return, "l": self.episode_length, "unique_frames": self.unique_frames}
+        return self.stack, float(np.sign(reward)), terminated, truncated, info
+
+    @property
+    def unique_frames(self) -> float:
+        return len(self.frames_seen) / (self.episode_length + 1)
+
+    def screen(self) -> np.ndarray:
+        """The game's picture, uint8 [height, width, 3], RGB: the current emulator frame.
+
+        While ``recording``, the maximum of the last two, as the network sees it: many games draw a sprite in every
+        other frame only. Of a game that has ended, these are its very last frames, which the network does not see.
+        """
+        return np.maximum(*self.colors) if self.recording else self.ale.getScreenRGB()
+
+    def _repeat_action(self, action: int) -> float:
+        reward = 0.0
+        for frame in range(FRAME_SKIP):
+            if not self.sticky_actions or self.np_random.random() >= self.sticky_actions:
+                self.last_action = self.emulator_actions[action]
+            reward += self.ale.act(self.last_action)
+            if self.recording:
+                self.ale.getScreenRGB(self.colors[frame % 2])
+            self.game_ended = self.ale.game_over(with_truncation=False)
+            if self.game_ended:
+                break
+            if frame == FRAME_SKIP - 2:
+                self.ale.getScreenGrayscale(self.screens[1])
+            elif frame == FRAME_SKIP - 1:
+                self.ale.getScreenGrayscale(self.screens[0])
+        reward = unwrap(reward)
+        self.episode_return += reward
+        self.episode_length += 1
+        self._push_frame()
+        return reward
+
+    def _push_frame(self) -> None:
+        latest = self.screens[0]
+        newest = self.stack[-1]
+        np.maximum(latest, self.screens[1], out=latest)
+        self.stack[:-1] = self.stack[1:]
+        cv2.resize(latest, (SIZE, SIZE), dst=newest, interpolation=cv2.INTER_AREA)
+        self.frames_seen.add(zlib.crc32(newest))  # two frames collide in every dozenth of the longest games
+
+
+Game = Atari  # the environment of this script: another class can stand here
+
+
+def unwrap(reward: float) -> float:
+    """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
+
+    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
+    no other reason.
+    """
+    for limit in (1e5, 1e6, 1e7):
+        if -limit < reward <= -0.9 * limit:
+            return reward + limit
+    return reward
+
+
+# ------------------------------------------------------------------------------------------- actors under Ray
 
 
 class Actors:
@@ -920,9 +897,10 @@ class Actors:
     def publish(self, weights: dict[str, np.ndarray], updates: int) -> None:
         """Puts the weights where all actors find them, once; they count from the next request on."""
         self.check_ray()
-        self.weights, self.updates = ray.put(weights), updates
+        self.weights = ray.put(weights)
+        self.updates = updates
 
-    def receive(self, patience: float):
+    def receive(self, patience: float) -> Iterator[tuple[int, dict, bool]]:
         """Yields (actor, chunk, whether it follows the one before) for the next chunk of each actor that has one.
 
         Waits up to ``patience`` seconds for the first. Warns of an actor that has sent nothing for ``SILENCE`` seconds;
@@ -934,7 +912,8 @@ class Actors:
                 requests.append(self.actors[actor].play.remote(self.weights, self.updates))
         oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
         arrived, _ = ray.wait(list(oldest), timeout=patience)
-        arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0) if arrived else ([], [])
+        if arrived:  # perhaps others as well
+            arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0)
         for reference in arrived:
             actor = oldest[reference]
             self.requests[actor].popleft()
@@ -946,11 +925,15 @@ class Actors:
             except ray.exceptions.RayError as error:  # lost with its machine, or on the way
                 say(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
-            if chunk["first_step"] == 0 and self.next_steps[actor] is not None:
+            first_step = chunk["first_step"]
+            expected = self.next_steps[actor]
+            self.next_steps[actor] = first_step + CHUNK
+            if first_step == 0 and expected is not None:
                 say(f"actor {actor} died and has been started again", file=sys.stderr)
-            follows = chunk["first_step"] == self.next_steps[actor]
-            self.next_steps[actor] = chunk["first_step"] + CHUNK
-            yield actor, chunk, follows
+            yield actor, chunk, first_step == expected
+        self.miss_silent_actors()
+
+    def miss_silent_actors(self) -> None:
         for actor, heard in enumerate(self.heard):
             if time.monotonic() - heard > SILENCE:
                 problem = f"actor {actor} has sent nothing for {SILENCE} s: its machine is gone, busy or out of memory"
@@ -966,29 +949,25 @@ class Actors:
             sys.exit("error: the raylet, Ray's process on this machine, has died: go on with --resume")
 
     def close(self) -> None:
-        """Takes the requests back: Ray would complain of each that is open when it is shut down."""
-        requests = sum(map(list, self.requests), [])
+        """Ends Ray. Takes the requests back first: Ray would complain of each that is open."""
+        requests = [request for requests in self.requests for request in requests]
         with suppress(OSError):  # Ray has died
             for request in requests:
                 ray.cancel(request)
             ray.wait(requests, num_returns=len(requests), timeout=10)
+        ray.shutdown()
 
 
 def start_ray(args: Args) -> None:
     """Starts Ray or joins the cluster, and settles ``num_actors``; ends the program if they do not fit."""
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
-    problem = f"--ray-address {args.ray_address} is no running cluster of this RAY_AUTH_TOKEN"
-    problem += " (ray start --head starts one)"
     if args.ray_address == "local":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.num_actors = args.num_actors or max(cores - 1, 1)
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one into the home folder
-        os.environ.setdefault("RAY_worker_niceness", "0")  # else every other program's work comes before the actors'
-        in_flight = args.num_actors * REQUESTS * CHUNK * args.envs_per_actor * BYTES_PER_TRANSITION
-        options |= {"num_cpus": args.num_actors, "object_store_memory": 2 * in_flight + 2**28}
-        if len(os.fsencode(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", ""))) > 35:
-            options["_temp_dir"] = "/tmp/ray"  # the path of a socket has at most 103 bytes, 68 of them are Ray's
+        settle_num_actors(args, count_cores())
+        options |= local_ray_options(args)
         problem = "Ray cannot start"
+    else:
+        problem = f"--ray-address {args.ray_address} is no running cluster of this RAY_AUTH_TOKEN"
+        problem += " (ray start --head starts one)"
     try:
         if args.ray_address not in ("local", "auto"):  # Ray itself would try for minutes
             host, _, port = args.ray_address.rpartition(":")
@@ -1000,145 +979,46 @@ def start_ray(args: Args) -> None:
     ray._private.worker._worker_logs_enabled = False  # nothing of Ray's about an actor that died: ``receive`` tells it
     if args.ray_address != "local":
         free = int(ray.available_resources().get("CPU", 0))
-        args.num_actors = args.num_actors or max(free - 1, 1)
+        settle_num_actors(args, free)
         if args.num_actors > free:
-            sys.exit(f"error: --num-actors {args.num_actors} is more than the cluster's {free} free CPUs: lower it, or"
-                     " start more nodes")  # fmt: skip
-    needed = args.num_actors * args.envs_per_actor * (CHUNK + args.n_step + HISTORY)
+            advice = "lower it, or start more nodes"
+            sys.exit(f"error: --num-actors {args.num_actors} is more than the cluster's {free} free CPUs: {advice}")
+
+
+def settle_num_actors(args: Args, num_cpus: int) -> None:
+    """One actor for each CPU but the learner's, unless it is given; ends the program if the replay is too small."""
+    args.num_actors = args.num_actors or max(num_cpus - 1, 1)
+    needed = args.num_envs * (CHUNK + args.n_step + HISTORY)
     if args.buffer_size < needed:
-        sys.exit(f"error: --buffer-size {args.buffer_size} is too small for chunks of {args.num_actors} actors with"
-                 f" {args.envs_per_actor} games each: it must be at least {needed}")  # fmt: skip
+        games = f"{args.num_actors} actors with {args.envs_per_actor} games each"
+        problem = f"--buffer-size {args.buffer_size} is too small for chunks of {games}"
+        sys.exit(f"error: {problem}: it must be at least {needed}")
 
 
-# ---------------------------------------------------------------------------------------------------- learner
+def local_ray_options(args: Args) -> dict:
+    """What ``ray.init`` needs to start Ray on this machine alone."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())  # else Ray writes one into the home folder
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else every other program's work comes before the actors'
+    in_flight = REQUESTS * CHUNK * args.num_envs * BYTES_PER_TRANSITION
+    options = {"num_cpus": args.num_actors, "object_store_memory": 2 * in_flight + 2**28}
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR", "")
+    if len(os.fsencode(folder)) > 35:
+        options["_temp_dir"] = "/tmp/ray"  # the path of a socket has at most 103 bytes, 68 of them are Ray's
+    return options
 
 
-class Agent:
-    """Q-network, target network and optimizer. On CUDA, ``update`` is captured as a graph."""
-
-    def __init__(self, args: Args, num_actions: int, device: torch.device):
-        self.precision = find_precision(args.precision, device)
-        dtype = getattr(torch, self.precision)
-        self.q_network = QNetwork(num_actions, dtype).to(device)
-        self.target_network = QNetwork(num_actions, dtype).to(device)
-        self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
-        self.update_target()
-        # the paper's epsilon, 1.5e-7, stands under the root, torch's beside it
-        options = {"alpha": 0.95, "eps": 1.5e-7**0.5, "centered": True, "capturable": device.type == "cuda"}
-        self.optimizer = torch.optim.RMSprop(self.q_network.parameters(), args.learning_rate, **options)
-        self.max_grad_norm = args.max_grad_norm
-        self.losses = torch.zeros(len(METRICS) + 1, device=device)  # sums over the updates since the last log, count
-
-    @torch.no_grad()
-    def think(self, observation: torch.Tensor) -> tuple[tuple[float, np.ndarray], int]:
-        """What the overlay shows of one observation, value and advantages float32 [actions], and the greedy action."""
-        value, advantages = self.q_network.streams(observation[None])
-        advantages = advantages[0].cpu().numpy()
-        return (value.item(), advantages), int(advantages.argmax())
-
-    def update(self, observations, actions, returns, next_observations, discounts, weights) -> torch.Tensor:
-        """One step on the weighted squared TD errors of a ``Batch``; returns these errors, float32 [batch].
-
-        The online network chooses the action that the target network evaluates (van Hasselt et al. 2016).
-        """
-        with torch.no_grad():
-            best = self.q_network(next_observations).argmax(1, keepdim=True)
-            td_target = returns + discounts * self.target_network(next_observations).gather(1, best).squeeze(1)
-        q_values = self.q_network(observations).gather(1, actions[:, None]).squeeze(1)
-        td_errors = td_target - q_values
-        loss = 0.5 * (weights * td_errors**2).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.q_network.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        td_errors = td_errors.detach()
-        metrics = (loss.detach(), q_values.detach().mean(), td_errors.abs().mean(), torch.ones_like(loss))
-        self.losses += torch.stack(metrics)
-        return td_errors
-
-    def update_target(self) -> None:
-        self.target_network.load_state_dict(self.q_network.state_dict())
-
-    def weights(self) -> dict[str, np.ndarray]:
-        """The Q-network's weights for the actors; on the CPU these are views, not copies."""
-        return {name: tensor.cpu().numpy() for name, tensor in self.q_network.state_dict().items()}
-
-    def mean_losses(self) -> dict[str, float]:
-        """Means since ``losses`` was last set to zero; ends the program if the loss is not finite."""
-        *sums, count = self.losses.tolist()
-        if not math.isfinite(sums[0]):
-            sys.exit(f"error: the loss became {sums[0]}: go on from the last checkpoint with a lower --learning-rate")
-        return {f"losses/{name}": total / count for name, total in zip(METRICS, sums)} if count else {}
-
-    def state_dict(self) -> dict:
-        parts = ("q_network", "target_network", "optimizer")
-        return {name: getattr(self, name).state_dict() for name in parts} | {"losses": self.losses}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.q_network.load_state_dict(state["q_network"])
-        self.target_network.load_state_dict(state["target_network"])
-        load_moments(self.optimizer, state["optimizer"])
-        fill(self.losses, state["losses"])
+def set_up_learner(args: Args, device: torch.device) -> None:
+    set_up_torch(args, device)
+    if device.type != "cuda" and args.ray_address == "local":  # leave their cores to the actors
+        torch.set_num_threads(max(torch.get_num_threads() - args.num_actors, 1))
+    torch.set_flush_denormal(True)  # RMSProp's averages of gradients that have stopped fade into slow tiny numbers
 
 
-def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
-    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
-    if isinstance(ours, dict):
-        if set(ours) != set(saved):
-            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
-        for name, tensor in ours.items():
-            fill(tensor, saved[name])
-    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
-        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
-    else:
-        ours.copy_(saved)
-
-
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
-    if saved["state"] and not optimizer.state:
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
-        optimizer.zero_grad()
-    fill(optimizer.state_dict()["state"], saved["state"])
-
-
-class CudaGraph:
-    """Calls ``function`` three times as it is, then captures it and replays it as one CUDA graph.
-
-    Capture needs those calls to warm up cuDNN and the optimizer; they count like any other. Inputs are copied into
-    fixed tensors; each call overwrites the outputs of the one before.
-    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    """
-
-    def __init__(self, function):
-        self.function, self.graph, self.calls = function, None, 0
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self, *inputs: torch.Tensor):
-        if self.calls < 3:
-            self.calls += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.graph is None:
-            self.inputs = [x.clone() for x in inputs]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
-        for fixed, x in zip(self.inputs, inputs):
-            fixed.copy_(x, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
-
-
-def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of ``array`` on the device; on CUDA it is made without waiting."""
-    tensor = torch.as_tensor(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone().to(device)
+def count_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 # -------------------------------------------------------------------------------------- overlay and recorder
@@ -1188,7 +1068,7 @@ def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
 class Overlay(gym.Wrapper):
     """Draws the game beside what the network thinks of it, 960x630, RGB.
 
-    Call ``think`` with the values of the state before each ``step``; ``render`` then returns the picture of that
+    Call ``note`` with the values of the state before each ``step``; ``render`` then returns the picture of that
     state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, which
     nobody thought about. Drawing is left to ``render``: steps that are not recorded cost nothing.
     """
@@ -1219,7 +1099,7 @@ class Overlay(gym.Wrapper):
         observation, reward, terminated, self.truncated, info = self.env.step(action)
         return observation, reward, terminated, self.truncated, info
 
-    def think(self, thoughts: tuple[float, np.ndarray], action: int) -> None:
+    def note(self, thoughts: tuple[float, np.ndarray], action: int) -> None:
         """Notes value and advantages (float [actions]) of the current state and the action about to be taken."""
         self.value, self.advantages = thoughts
         self.action = action
@@ -1349,12 +1229,10 @@ class Recorder:
         self.path = path
         self.length = length  # most pictures
         self.count = 0  # pictures written
-        self.still = None  # one of the last of them
+        self.active = length > 0  # whether more pictures are wanted
+        self.failed = False
+        self.still = None  # one of the last pictures
         self.ffmpeg = None
-
-    @property
-    def active(self) -> bool:
-        return self.count < self.length
 
     def write(self, env: Overlay) -> None:
         """Adds one picture of ``env``, unless the video is closed, has failed or has its full length."""
@@ -1376,6 +1254,7 @@ class Recorder:
             if self.count % 100 == 0:
                 self.still = picture.copy()
             self.count += 1
+            self.active = self.count < self.length
 
     def start(self, picture: np.ndarray) -> None:
         from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
@@ -1396,7 +1275,7 @@ class Recorder:
 
     def close(self) -> None:
         """Ends the video; pictures that come later are left out."""
-        self.length = self.count
+        self.active = False
         if self.ffmpeg:
             _, complaint = self.ffmpeg.communicate()
             if self.ffmpeg.returncode:
@@ -1406,203 +1285,60 @@ class Recorder:
 
     def fail(self, reason) -> None:
         say(f"warning: no video {self.path}: {reason}", file=sys.stderr)
-        self.length = self.count = 0
+        self.active = False
+        self.failed = True
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-# never taken from a file, which may be a stranger's: paths, addresses and accounts
-LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
-LOCAL_FLAGS += ("ray_address",)
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
-def make_run_dir(args: Args) -> Path:
-    """Makes the folder of a run and returns its path; starts in the same second get different names."""
-    start_time = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
-    path = Path(args.run_dir) / name
-    number = 1
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            number += 1
-            path = path.with_name(f"{name}-{number}")
-        except OSError as error:
-            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
+    """Plays whole games, records the first, prints and logs the results.
 
-
-def lock(run_dir: Path) -> int:
-    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
-
-    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
-    and would keep the lock of a main process that died.
+    All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
+    ends it early, without results.
     """
-    if fcntl is None:
-        return os.open(os.devnull, os.O_RDONLY)
-    folder = os.open(run_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
-    except OSError:  # a file system without locks
-        pass
-    for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
-        half_written.unlink()
-    return folder
+    game = Game(args)
+    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    rng = np.random.default_rng([args.seed, global_step])
+    video = run_dir / "videos" / f"{global_step:010d}.mp4"
+    recorder = Recorder(video, args.video_length if args.capture_video else 0)
+    game.recording = recorder.active
+    episodes = []
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    while len(episodes) < args.eval_episodes and not stopped():
+        thoughts, action = agent.think(upload(observation, agent.device))
+        if rng.random() < args.eval_epsilon:
+            action = int(rng.integers(env.action_space.n))
+        env.note(thoughts, action)
+        recorder.write(env)
+        observation, _, terminated, truncated, info = env.step(action)
+        if info:  # the end of the game is the last picture
+            recorder.write(env)
+            recorder.close()
+            episodes.append(info["episode"])
+        game.recording = recorder.active
+        if terminated or truncated:
+            observation, _ = env.reset()
+    recorder.close()
+    if len(episodes) < args.eval_episodes:
+        return
+    returns = [episode["r"] for episode in episodes]
+    mean = float(np.mean(returns))
+    spread = float(np.std(returns))
+    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
+    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
+    if recorder.count and not recorder.failed:
+        tracker.log_video(video, recorder.still, global_step)
 
 
-def save(path: Path, contents: dict) -> bool:
-    """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-        with open(beside, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        return True
-    except (OSError, RuntimeError) as error:
-        disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
-        reason = disk_error or error
-        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
-        with suppress(OSError):
-            beside.unlink()
-        return False
+def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
+    """The charts of games that have ended, each the mean over them."""
+    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
+    return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
 
 
-def header(args: Args, global_step: int) -> dict:
-    """What every checkpoint and every model begins with."""
-    script = Path(__file__).name
-    flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
-    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
-
-
-def model(args: Args, agent: Agent, global_step: int) -> dict:
-    """What ``--evaluate`` needs."""
-    return header(args, global_step) | {"agent": {"q_network": agent.q_network.state_dict()}}
-
-
-def load(path: Path, part: str) -> dict:
-    """Opens a checkpoint or a model; ends the program if it is missing, of another algorithm or lacks ``part``.
-
-    Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
-    """
-    if not path.is_file():
-        sys.exit(f"error: there is no file {path}")
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        algorithm = contents["algorithm"]
-    except Exception:
-        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
-    if algorithm != ALGORITHM:
-        sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if part not in contents:
-        sys.exit(f"error: {path} has no {part}: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
-    return contents
-
-
-def refuse(path: Path, error: Exception) -> NoReturn:
-    """Ends the program: what is in the file does not fit, as ``error`` says."""
-    reason = str(error).strip().split("\n")[-1].strip()
-    if isinstance(error, KeyError):
-        reason = f"it has no {reason}"
-    sys.exit(f"error: {path} does not fit this script, or is damaged: {reason}")
-
-
-def is_intact(path: Path) -> bool:
-    """Whether all that a checkpoint holds has the checksum that was written with it: torch does not look at them.
-
-    Takes 2 seconds a gigabyte.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:
-        return False
-
-
-def is_a(value, hint) -> bool:
-    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
-    kind = get_origin(hint)
-    if kind is Literal:
-        return value in get_args(hint)
-    if kind in (list, tuple):
-        return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
-    return isinstance(value, hint)
-
-
-def read_flags(path: Path, part: str) -> Args:
-    """The flags in a checkpoint or a model but for ``LOCAL_FLAGS``; ends the program if the file is damaged."""
-    contents = load(path, part)
-    if not is_intact(path):
-        sys.exit(f"error: {path} is damaged: use another one")
-    saved, types = Args(), get_type_hints(Args)
-    try:
-        step = contents["global_step"]
-        if not isinstance(step, int) or step < 0:
-            raise ValueError(f"its global_step is {step!r}")
-        for name, value in contents["args"].items():
-            if name not in types or name in LOCAL_FLAGS:
-                continue
-            if not is_a(value, types[name]):
-                raise ValueError(f"its flag {name} is {value!r}")
-            setattr(saved, name, value)
-    except Exception as error:
-        refuse(path, error)
-    if saved.device.split(":")[0] not in ("auto", *device_types()):
-        say(f"this machine has no {saved.device}, where the run was: --device is auto")
-        saved.device = "auto"
-    return saved
-
-
-def random_state(device: torch.device) -> dict:
-    """The states of torch's random number generators, of the CPU and of a GPU."""
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda_state}
-
-
-def load_random_state(state: dict, device: torch.device) -> None:
-    """A run that moves between a CPU and a GPU goes on with the seed there."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def check_resume(args: Args, saved: Args, path: Path) -> None:
-    """Ends the program if a flag cannot change on ``--resume``, or if the run is finished."""
-    for name in FIXED_FLAGS:
-        if getattr(args, name) != getattr(saved, name):
-            sys.exit(f"error: --{name.replace('_', '-')} cannot change on --resume: it was {getattr(saved, name)}")
-    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != path.resolve().parent.parent:
-        sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
-    contents = load(path, "agent")
-    step, model_path = contents["global_step"], path.parent / "model.pt"
-    if step > args.total_timesteps or (step == args.total_timesteps and model_path.exists()):
-        sys.exit(f"error: {path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}: raise it to go on,"
-                 f" or play the model with --evaluate {path.parent}")  # fmt: skip
-    if contents["script"] != Path(__file__).name:
-        say(f"warning: {path} was written by {contents['script']}, this is {Path(__file__).name}", file=sys.stderr)
-    for name in LOCAL_FLAGS:
-        before, now = contents["args"].get(name), getattr(args, name)
-        if name.startswith("wandb") and before != now:
-            say(f"note: --{name.replace('_', '-')} is {now}, it was {before}: no file decides where a run is logged")
-
-
-def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
-    """What is left of a run that was stopped."""
-    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
-        return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
-    if not (run_dir / "checkpoint.pt").is_file():
-        return f"stopped at step {global_step:,}; nothing could be saved"
-    if saved_step == global_step:
-        return f"stopped at step {global_step:,}; go on with: --resume {run_dir}"
-    return f"stopped at step {global_step:,}, which could not be saved; go on from an earlier one: --resume {run_dir}"
-
-
-# ------------------------------------------------------------------------------------- evaluation and logging
+# ------------------------------------------------------------------------------------------- Weights & Biases
 
 
 def slug(text: str) -> str:
@@ -1741,201 +1477,360 @@ class Tracker:
             say(f"warning: W&B: {reason}: the run goes on without it", file=sys.stderr)
 
 
-def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
-    """The charts of games that have ended, each the mean over them."""
-    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
-    return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
+# ------------------------------------------------------------------------------------ devices and CUDA graphs
 
 
-def evaluate(args: Args, agent: Agent, device, global_step: int, run_dir: Path, tracker, stopped=lambda: False) -> None:
-    """Plays whole games, records the first, prints and logs the results.
-
-    All its random states are its own, so that training does not depend on when it is evaluated. A true ``stopped()``
-    ends it early, without results.
-    """
-    game = Atari(args)
-    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
-    rng = np.random.default_rng([args.seed, global_step])
-    video = run_dir / "videos" / f"{global_step:010d}.mp4"
-    recorder = Recorder(video, args.video_length if args.capture_video else 0)
-    game.recording = recorder.active
-    episodes = []
-    observation, _ = env.reset(seed=int(rng.integers(2**31)))
-    while len(episodes) < args.eval_episodes and not stopped():
-        thoughts, action = agent.think(upload(observation, device))
-        if rng.random() < args.eval_epsilon:
-            action = int(rng.integers(env.action_space.n))
-        env.think(thoughts, action)
-        recorder.write(env)
-        observation, _, terminated, truncated, info = env.step(action)
-        if info:  # the end of the game is the last picture
-            recorder.write(env)
-            recorder.close()
-            episodes.append(info["episode"])
-        game.recording = recorder.active
-        if terminated or truncated:
-            observation, _ = env.reset()
-    recorder.close()
-    if len(episodes) < args.eval_episodes:
-        return
-    returns = [episode["r"] for episode in episodes]
-    mean, spread = float(np.mean(returns)), float(np.std(returns))
-    say(f"step {global_step:,}: return {mean:,.1f} \u00b1 {spread:,.1f} over {len(episodes)} games")
-    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
-    if recorder.count:
-        tracker.log_video(video, recorder.still, global_step)
+def device_types() -> list[str]:
+    """The kinds of device that this machine has, the fastest first."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return [accelerator.type, "cpu"] if accelerator else ["cpu"]
 
 
-# -------------------------------------------------------------------------------------------------- training
-
-
-def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
-    """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
-    keep_freed_memory()
-    start_ray(args)
-    folder = lock(run_dir)
-    set_up_torch(args, device)
-    if device.type != "cuda" and args.ray_address == "local":  # leave their cores to the actors
-        torch.set_num_threads(max(torch.get_num_threads() - args.num_actors, 1))
-    torch.set_flush_denormal(True)  # RMSProp's averages of gradients that have stopped fade into slow tiny numbers
-
-    replay = Replay(args, find_replay_device(args, device))
-    agent = Agent(args, int(Atari(args).action_space.n), device)
-    global_step, updates, saved_step, run_id = 0, 0, None, None
-    if resume:
-        checkpoint = load(resume, part="replay")
-        try:
-            global_step = saved_step = checkpoint["global_step"]
-            updates = int(checkpoint["updates"])
-            agent.load_state_dict(checkpoint["agent"])
-            replay.load_state_dict(checkpoint["replay"])
-            load_random_state(checkpoint["random"], device)
-            run_id = slug(checkpoint["wandb_run_id"]) if checkpoint["wandb_run_id"] else None
-            if checkpoint["precision"] != agent.precision:
-                say(f"the precision is {agent.precision} here; it was {checkpoint['precision']}")
-        except Exception as error:
-            refuse(resume, error)
-        del checkpoint  # lets go of the file, so that the next checkpoint frees its space
-    actors = Actors(args, global_step)
-    actors.publish(agent.weights(), updates)
-
-    graph = CudaGraph if device.type == "cuda" else lambda function: function
-    if replay.device == device:
-
-        @graph
-        def learn() -> None:
-            *batch, indices = replay.sample(args.batch_size)
-            replay.update_priorities(indices, agent.update(*batch))
-
-    else:
-        update = graph(agent.update)
-
-        def learn() -> None:
-            *batch, indices = replay.sample(args.batch_size)
-            td_errors = update(*(upload(x, device) for x in batch))
-            replay.update_priorities(indices, td_errors.to(replay.device))
-
-    tracker = Tracker(args, run_dir, run_id=run_id)
-    stop_signals = catch_signals()
-    exit_code = 1
-
-    def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` the chunks received last have reached."""
-        return global_step // frequency - before // frequency if frequency else 0
-
-    def save_checkpoint() -> None:
-        nonlocal saved_step
-        agent.mean_losses()  # a loss that is not finite ends the run here, before the last checkpoint is replaced
-        contents = header(args, global_step) | {"precision": agent.precision, "wandb_run_id": tracker.run_id}
-        contents |= {"agent": agent.state_dict(), "replay": replay.state_dict(), "updates": updates}
-        contents |= {"random": random_state(device)}
-        if save(run_dir / "checkpoint.pt", contents):
-            saved_step = global_step
-
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=None)
-    returns, games, weights_ages, waiting, owed = deque(maxlen=20), [], [], [], 0.0  # owed: updates still to be made
-    num_envs = args.num_actors * args.envs_per_actor
-    clock, clock_step, clock_updates = time.perf_counter(), global_step, updates
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` means; ends the program if this machine has none such."""
+    usable = device_types()
     try:
-        while global_step < args.total_timesteps and not stop_signals:
-            # store what the actors have played; wait for it only if there is nothing to learn
-            before, free_running = global_step, args.steps_per_update is None and global_step > args.learning_starts
-            for actor, chunk, follows in actors.receive(patience=0 if free_running else 1):
-                replay.add(actor, chunk, follows)
-                global_step += CHUNK * args.envs_per_actor
-                games += chunk["games"]
-                weights_ages.append(updates - chunk["updates"])
-                waiting.append(chunk["waiting"])
+        device = torch.device(usable[0] if name == "auto" else name)
+    except RuntimeError:
+        sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
+    if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):
+        sys.exit(f"error: --device {name} is not there: this machine has {', '.join(usable)}")
+    return device
 
-            # learn
-            if global_step > args.learning_starts:
-                owed = 1 if free_running else owed + (global_step - before) / (args.steps_per_update or math.inf)
-            while owed >= 1 and not stop_signals:
-                learn()
-                updates, owed = updates + 1, owed - 1
-                if updates % args.target_network_frequency == 0:
-                    agent.update_target()
-            if passed(args.weights_frequency * num_envs) and updates > actors.updates:
-                actors.publish(agent.weights(), updates)
 
-            # log
-            if games:
-                greediest = [game for game in games if game["env"] == num_envs - 1]
-                explorers = [game for game in games if game["env"] < num_envs - 1]
-                charts = episode_means("charts", games)
-                for name, group in {"greediest": greediest, "explorers": explorers}.items():
-                    if group:
-                        charts[f"charts/episodic_return_{name}"] = np.mean([game["r"] for game in group])
-                tracker.log(charts, global_step)
-                returns.extend(game["r"] for game in greediest)
-                games.clear()
-            if passed(LOG_FREQUENCY):
-                seconds = time.perf_counter() - clock
-                sps, ups = (global_step - clock_step) / seconds, (updates - clock_updates) / seconds
-                charts = {"charts/SPS": sps, "charts/updates_per_second": ups}
-                charts |= {"charts/learning_rate": args.learning_rate, "charts/replay_size": replay.size}
-                charts |= {"charts/weights_age": np.mean(weights_ages), "charts/actors_waiting": np.mean(waiting)}
-                tracker.log(charts | agent.mean_losses(), global_step)
-                agent.losses.zero_()
-                del weights_ages[:], waiting[:]
-                bar.update(global_step - bar.n)
-                recent = f"{np.mean(returns):.1f}" if returns else "-"
-                bar.set_postfix_str(f"SPS {sps:.0f}, updates/s {ups:.1f}, return of the greediest {recent}")
-                clock, clock_step, clock_updates = time.perf_counter(), global_step, updates
+def find_precision(name: str, device: torch.device) -> str:
+    """The precision that ``--precision`` means on ``device``: float32 or bfloat16."""
+    if name == "auto":
+        return "bfloat16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "float32"
+    return name
 
-            pause = time.perf_counter()
-            if passed(args.checkpoint_frequency):
-                save_checkpoint()
-            if passed(args.eval_frequency) and global_step < args.total_timesteps:
-                evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
-            clock += time.perf_counter() - pause
 
-        if saved_step != global_step:
-            save_checkpoint()
-        if global_step >= args.total_timesteps:
-            saved = save(run_dir / "model.pt", model(args, agent, global_step))
-            exit_code = 0 if saved else 1
-            if saved:
-                tracker.log_model(run_dir / "model.pt")
-            evaluate(args, agent, device, global_step, run_dir, tracker, stopped=lambda: stop_signals)
-        bar.close()
-        if stop_signals:
-            say(how_to_go_on(args, run_dir, global_step, saved_step))
-            exit_code = 128 + stop_signals[0]
-    finally:
-        bar.close()
-        actors.close()
-        ray.shutdown()
-        os.close(folder)
-        tracker.finish(exit_code, stopped=lambda: stop_signals)
-    return exit_code
+def set_up_torch(args: Args, device: torch.device) -> None:
+    """Seeds torch, and sets up the device and its arithmetic, for training and ``--evaluate`` alike."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.backends.cudnn.benchmark = not args.torch_deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+def capture(function: Callable, device: torch.device) -> Callable:
+    """``function``, as one CUDA graph if the device is CUDA."""
+    return CudaGraph(function) if device.type == "cuda" else function
+
+
+class CudaGraph:
+    """Calls ``function`` three times as it is, then captures it and replays it as one CUDA graph.
+
+    Capture needs those calls to warm up cuDNN and the optimizer; they count like any other. Inputs are copied into
+    fixed tensors; each call overwrites the outputs of the one before.
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, function):
+        self.function, self.graph, self.calls = function, None, 0
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor):
+        if self.calls < 3:
+            self.calls += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.graph is None:
+            self.inputs = [x.clone() for x in inputs]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        for fixed, x in zip(self.inputs, inputs):
+            fixed.copy_(x, non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``array`` on the device; on CUDA it is made without waiting."""
+    tensor = torch.as_tensor(array)
+    if device.type != "cuda":
+        return tensor.clone(memory_format=torch.contiguous_format).to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+
+class Means:
+    """Means of named numbers, summed on the device without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums = {}  # of each name a float32 [2]: the sum and the count since ``take``
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Adds the mean of each tensor."""
+        for name, values in metrics.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(2, device=self.device)
+            total, count = self.sums[name]
+            total += values.detach().float().mean()
+            count += 1
+
+    def means(self) -> dict[str, float]:
+        """The means so far; ends the program if one is not finite."""
+        means = {}
+        for name, sums in self.sums.items():
+            total, count = sums.tolist()
+            if not math.isfinite(total):
+                sys.exit(f"error: {name} became {total}: go on from the last checkpoint with a lower --learning-rate")
+            if count:
+                means[name] = total / count
+        return means
+
+    def take(self) -> dict[str, float]:
+        """The means so far; the next ones begin anew."""
+        means = self.means()
+        for sums in self.sums.values():
+            sums.zero_()
+        return means
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.sums
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.sums = {name: torch.zeros(2, device=self.device) for name in state}
+        fill(self.sums, state)
+
+
+def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
+    """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
+    if isinstance(ours, dict):
+        if set(ours) != set(saved):
+            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
+        for name, tensor in ours.items():
+            fill(tensor, saved[name])
+    elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
+        raise ValueError(f"what is saved is no {ours.dtype} {list(ours.shape)}")
+    else:
+        ours.copy_(saved)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    if saved["state"] and not optimizer.state:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        optimizer.zero_grad()
+    fill(optimizer.state_dict()["state"], saved["state"])
+
+
+# ------------------------------------------------------------------------------------------ memory of a replay
+
+
+def blank_frames(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Zeros, uint8. In main memory they take space as they are written to; ``torch.zeros`` would take it at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+    try:
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    except MemoryError:
+        needed = f"{math.prod(shape) / 1e9:.1f} GB"
+        sys.exit(f"error: the replay needs {needed}, more than this process may have (ulimit): lower --buffer-size")
+
+
+def free_memory(device: torch.device, root: str = "/") -> float:
+    """Bytes that a replay or rollout may take on ``device``.
+
+    Main memory is the machine's, or what this process's cgroup or one above it (version 1 or 2) allows, if it is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] - 2e9  # 2 GB for networks, cuDNN and graphs
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf]
+    cgroups = Path(root, "proc/self/cgroup")
+    for line in cgroups.read_text().splitlines() if cgroups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        folder = Path(f"{root}/sys/fs/cgroup/{controllers}/{path}")
+        for level in (folder, *folder.parents):
+            for file in (level / "memory.max", level / "memory.limit_in_bytes"):
+                text = file.read_text().strip() if file.is_file() else "max"
+                limits += [int(text)] if text.isdigit() else []
+    return min(limits) - 1e9  # 1 GB for the program and the games
+
+
+def check_memory(flag: str, needed: float, device: torch.device) -> None:
+    """Ends the program if ``flag`` needs more bytes than there are on ``device``."""
+    free = max(free_memory(device), 0)
+    if needed > free:
+        sys.exit(f"error: {flag} needs {needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB for it: lower it")
+
+
+def find_replay_device(args: Args, device: torch.device) -> torch.device:
+    """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
+
+    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
+    """
+    if args.replay_device == "cuda" and device.type != "cuda":
+        sys.exit(f"error: --replay-device cuda is not for a learner on {device}: leave it out")
+    main_memory = torch.device("cpu")
+    needed = args.buffer_size * BYTES_PER_TRANSITION
+    check_memory(f"--buffer-size {args.buffer_size}", needed, main_memory)
+    if device.type != "cuda" or args.replay_device == "cpu":
+        return main_memory
+    if args.replay_device == "cuda":
+        check_memory(f"--buffer-size {args.buffer_size}", needed, device)
+    return device if needed <= free_memory(device) else main_memory
+
+
+# -------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """What surrounds the training loop: W&B, checkpoints, evaluations, signals and the progress bar.
+
+    A checkpoint holds the agent, random states and ``parts``: by name, what has ``state_dict`` and
+    ``load_state_dict``.
+    """
+
+    def __init__(self, args: Args, run_dir: Path, agent: Agent, parts: dict):
+        self.args = args
+        self.run_dir = run_dir
+        self.agent = agent
+        self.parts = parts
+        self.saved_step = None  # of the last checkpoint
+        self.returns = deque(maxlen=20)  # of the last games
+        self.exit_code = 1
+
+    def start(self, resume: Path | None) -> int:
+        """Begins anew or goes on from the checkpoint ``resume``; returns the step that it was written at."""
+        self.folder = lock(self.run_dir)
+        global_step = 0
+        run_id = None
+        if resume:
+            global_step, run_id = self.load_checkpoint(resume)
+            self.saved_step = global_step
+        self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
+        self.stop_signals = catch_signals()
+        self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
+        self.clock = time.perf_counter()
+        self.clock_step = global_step
+        return global_step
+
+    def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
+        """Loads all parts; returns the step and W&B's name of the run."""
+        contents = load(path, resume=True)  # not before the workers fork: they would keep its disk space
+        try:
+            global_step = contents["global_step"]
+            run_id = contents["wandb_run_id"]
+            self.agent.load_state_dict(contents["agent"])
+            for name, part in self.parts.items():
+                part.load_state_dict(contents[name])
+            load_random_state(contents["random"], self.agent.device)
+            self.check_step(global_step)
+            if contents["precision"] != self.agent.precision:
+                say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
+        except Exception as error:
+            refuse(path, error)
+        return global_step, slug(run_id) if run_id else None
+
+    def check_step(self, global_step: int) -> None:
+        """Raises an error unless the replay was filled in so many steps."""
+        num_steps = self.parts["replay"].num_steps
+        if global_step != sum(num_steps) * self.args.envs_per_actor:
+            raise ValueError(f"step {global_step} does not belong to a replay of {num_steps} steps")
+
+    def save_checkpoint(self, global_step: int) -> None:
+        with self.uncounted():
+            self.agent.metrics.means()  # ends the run if one is not finite, before the last good checkpoint is replaced
+            contents = header(self.args, global_step)
+            contents["precision"] = self.agent.precision
+            contents["wandb_run_id"] = self.tracker.run_id
+            contents["random"] = random_state(self.agent.device)
+            for name, part in {"agent": self.agent, **self.parts}.items():
+                contents[name] = part.state_dict()
+            if save(self.run_dir / "checkpoint.pt", contents):
+                self.saved_step = global_step
+
+    def evaluate(self, global_step: int) -> None:
+        with self.uncounted():
+            evaluate(self.args, self.agent, global_step, self.run_dir, self.tracker, lambda: self.stop_signals)
+
+    @contextmanager
+    def uncounted(self):
+        """The time of what runs inside is no part of SPS."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def log_games(self, games: list[dict], global_step: int) -> None:
+        """Logs the games that have ended in a chunk, those of the environment that explores least apart."""
+        if not games:
+            return
+        greediest = self.args.num_envs - 1
+        returns = {
+            "greediest": [game["r"] for game in games if game["env"] == greediest],
+            "explorers": [game["r"] for game in games if game["env"] != greediest],
+        }
+        charts = episode_means("charts", games)
+        for name, values in returns.items():
+            if values:
+                charts[f"charts/episodic_return_{name}"] = float(np.mean(values))
+        self.returns.extend(returns["greediest"])
+        self.tracker.log(charts, global_step)
+
+    def log(self, charts: dict[str, float], global_step: int) -> None:
+        """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
+        now = time.perf_counter()
+        charts = {"SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        metrics = {f"charts/{name}": value for name, value in charts.items()}
+        metrics |= {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
+        self.tracker.log(metrics, global_step)
+        recent = np.mean(self.returns) if self.returns else math.nan
+        self.bar.set_postfix({"return": recent} | charts, refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        self.clock = now
+        self.clock_step = global_step
+
+    def finish(self, global_step: int) -> None:
+        """Saves what the run has come to and, after its last step, the model, and plays the last evaluation."""
+        if self.saved_step != global_step:
+            self.save_checkpoint(global_step)
+        if global_step >= self.args.total_timesteps:
+            path = self.run_dir / "model.pt"
+            if save(path, model(self.args, self.agent, global_step)):
+                self.tracker.log_model(path)
+                self.exit_code = 0
+            self.evaluate(global_step)
+        if self.stop_signals:
+            self.bar.close()
+            say(how_to_go_on(self.args, self.run_dir, global_step, self.saved_step))
+            self.exit_code = 128 + self.stop_signals[0]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        self.bar.close()
+        os.close(self.folder)
+        self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
+
+
+def multiples(frequency: int, before: int, now: int) -> int:
+    """How many multiples of ``frequency`` lie after ``before`` and up to ``now``; 0 has none."""
+    return now // frequency - before // frequency if frequency else 0
 
 
 def play(args: Args, device: torch.device, path: Path) -> int:
     """Plays and records a saved model; returns the exit code."""
-    contents = load(path, "agent")
+    contents = load(path)
     set_up_torch(args, device)
-    agent = Agent(args, int(Atari(args).action_space.n), device)
+    agent = Agent(args, int(Game(args).action_space.n), device)
     try:
         agent.q_network.load_state_dict(contents["agent"]["q_network"])
     except Exception as error:
@@ -1944,10 +1839,407 @@ def play(args: Args, device: torch.device, path: Path) -> int:
     say(f"{args.env_id} on {device}, {agent.precision}: {run_dir}")
     tracker = Tracker(args, run_dir, job_type="eval")
     stop_signals = catch_signals()
-    evaluate(args, agent, device, contents["global_step"], run_dir, tracker, stopped=lambda: stop_signals)
+    evaluate(args, agent, contents["global_step"], run_dir, tracker, stopped=lambda: stop_signals)
     exit_code = 128 + stop_signals[0] if stop_signals else 0
     tracker.finish(exit_code, stopped=lambda: stop_signals)
     return exit_code
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+# never taken from a file, which may be a stranger's: paths, addresses and accounts
+LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
+LOCAL_FLAGS += ("ray_address",)
+
+
+def make_run_dir(args: Args) -> Path:
+    """Makes the folder of a run and returns its path; starts in the same second get different names."""
+    start_time = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
+    path = Path(args.run_dir) / name
+    number = 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{name}-{number}")
+        except OSError as error:
+            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+
+
+def lock(run_dir: Path) -> int:
+    """Keeps a run's folder for this process, until it closes the file descriptor returned or ends.
+
+    Ends the program if another process has the folder. Call it after the workers have forked: they inherit open files,
+    and would keep the lock of a main process that died.
+    """
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is training the run in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
+    for half_written in run_dir.glob("*.tmp"):  # by a process that was killed
+        half_written.unlink()
+    return folder
+
+
+def save(path: Path, contents: dict) -> bool:
+    """Replaces the file at once or not at all; returns False, with a warning, if the disk refuses."""
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+        with open(beside, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        return True
+    except (OSError, RuntimeError) as error:
+        disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
+        reason = disk_error or error
+        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
+        with suppress(OSError):
+            beside.unlink()
+        return False
+
+
+def header(args: Args, global_step: int) -> dict:
+    """What every checkpoint and every model begins with."""
+    script = Path(__file__).name
+    flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
+    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
+
+
+def model(args: Args, agent: Agent, global_step: int) -> dict:
+    """What ``--evaluate`` needs."""
+    return header(args, global_step) | {"agent": {"q_network": agent.q_network.state_dict()}}
+
+
+def load(path: Path, resume: bool = False) -> dict:
+    """Opens a checkpoint or a model; ends the program if it is missing, of another algorithm or no use to ``resume``.
+
+    Large tensors stay on disk until they are read. ``weights_only``: a file from a stranger runs no code.
+    """
+    if not path.is_file():
+        sys.exit(f"error: there is no file {path}")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        algorithm = contents["algorithm"]
+    except Exception:
+        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
+    if algorithm != ALGORITHM:
+        sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
+    if resume and "random" not in contents:
+        sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
+    return contents
+
+
+def refuse(path: Path, error: Exception) -> NoReturn:
+    """Ends the program: what is in the file does not fit, as ``error`` says."""
+    reason = str(error).strip().split("\n")[-1].strip()
+    if isinstance(error, KeyError):
+        reason = f"it has no {reason}"
+    sys.exit(f"error: {path} does not fit this script, or is damaged: {reason}")
+
+
+def is_intact(path: Path) -> bool:
+    """Whether all that a checkpoint holds has the checksum that was written with it: torch does not look at them.
+
+    Takes 2 seconds a gigabyte.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:
+        return False
+
+
+def is_a(value, hint) -> bool:
+    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
+    kind = get_origin(hint)
+    if kind is Literal:
+        return value in get_args(hint)
+    if kind in (list, tuple):
+        return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
+    return isinstance(value, hint)
+
+
+def read_flags(path: Path, resume: bool) -> Args:
+    """The flags in a checkpoint or a model but for ``LOCAL_FLAGS``; ends the program if the file is damaged."""
+    contents = load(path, resume)
+    if not is_intact(path):
+        sys.exit(f"error: {path} is damaged: use another one")
+    saved = Args()
+    types = get_type_hints(Args)
+    try:
+        step = contents["global_step"]
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"its global_step is {step!r}")
+        for name, value in contents["args"].items():
+            if name not in types or name in LOCAL_FLAGS:
+                continue
+            if not is_a(value, types[name]):
+                raise ValueError(f"its flag {name} is {value!r}")
+            setattr(saved, name, value)
+    except Exception as error:
+        refuse(path, error)
+    if saved.device.split(":")[0] not in ("auto", *device_types()):
+        say(f"this machine has no {saved.device}, where the run was: --device is auto")
+        saved.device = "auto"
+    return saved
+
+
+def random_state(device: torch.device) -> dict:
+    """The states of torch's random number generators, of the CPU and of a GPU."""
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda_state}
+
+
+def load_random_state(state: dict, device: torch.device) -> None:
+    """A run that moves between a CPU and a GPU goes on with the seed there."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def check_resume(args: Args, saved: Args, path: Path) -> None:
+    """Ends the program if a flag cannot change on ``--resume``, or if the run is finished."""
+    for name in FIXED_FLAGS:
+        before = getattr(saved, name)
+        if getattr(args, name) != before:
+            sys.exit(f"error: {flag(name)} cannot change on --resume: it was {before}")
+    run_dir = path.resolve().parent
+    if args.run_dir != Args.run_dir and Path(args.run_dir).resolve() != run_dir.parent:
+        sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
+    contents = load(path, resume=True)
+    step = contents["global_step"]
+    is_finished = step == args.total_timesteps and (run_dir / "model.pt").exists()
+    if step > args.total_timesteps or is_finished:
+        reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
+        sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")
+    script = Path(__file__).name
+    if contents["script"] != script:
+        say(f"warning: {path} was written by {contents['script']}, this is {script}", file=sys.stderr)
+    for name in LOCAL_FLAGS:
+        before = contents["args"].get(name)
+        now = getattr(args, name)
+        if name.startswith("wandb") and before != now:
+            say(f"note: {flag(name)} is {now}, it was {before}: no file decides where a run is logged")
+
+
+def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
+    """What is left of a run that was stopped."""
+    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
+        return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
+    if not (run_dir / "checkpoint.pt").is_file():
+        return f"stopped at step {global_step:,}; nothing could be saved"
+    if saved_step == global_step:
+        return f"stopped at step {global_step:,}; go on with: --resume {run_dir}"
+    return f"stopped at step {global_step:,}, which could not be saved; go on from an earlier one: --resume {run_dir}"
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def flag(name: str) -> str:
+    """'--num-envs' for 'num_envs'."""
+    return "--" + name.replace("_", "-")
+
+
+def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """How tyro reads and shows an ``int``: 1e6 and 1_000_000 are taken, 1.5 is not."""
+
+    def read(words: list[str]) -> int:
+        value = float(words[0])
+        if not value.is_integer():
+            raise ValueError(f"{words[0]} is not a whole number")
+        return int(value)
+
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [f"{value:_}"],
+    )
+
+
+def plain_switch(word: str) -> str:
+    """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
+    flag, _, value = word.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
+        return word
+    return flag if value.lower() == "true" else f"--no-{name}"
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """The flags of the command line; those that are not given are as in ``default``.
+
+    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    """
+    groups = {
+        "algorithm": AlgorithmFlags,
+        "game": GameFlags,
+        "evaluation": EvaluationFlags,
+        "W&B": WandbFlags,
+        "run": RunFlags,
+    }
+    default = default or Args()
+    types = {}
+    defaults = {}
+    for title, group in groups.items():
+        types[title] = Annotated[group, tyro.conf.arg(help="")]  # else tyro searches this file for a text: 0.5 s
+        defaults[title] = group(**{field.name: getattr(default, field.name) for field in fields(group)})
+    registry = ConstructorRegistry()
+    registry.primitive_rule(whole_number)
+    parsed = tyro.cli(
+        TypedDict("Flags", types),
+        args=[plain_switch(word) for word in sys.argv[1:]],
+        default=defaults,
+        description=__doc__.splitlines()[0],
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=registry,
+    )
+    args = Args()
+    for group in parsed.values():
+        vars(args).update(vars(group))
+    if "" in (args.resume, args.evaluate):
+        sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
+    if args.resume and args.evaluate:
+        sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    args.env_id = Game.find_game(args.env_id)
+    return args
+
+
+def check_args(args: Args) -> None:
+    """Ends the program with one sentence if a flag is out of its range."""
+    ranges = {
+        "learning_rate": (1e-12, 1),
+        "buffer_size": (1, 10**9),
+        "gamma": (0, 1),
+        "n_step": (1, CHUNK - STACK),
+        "batch_size": (1, 2**14),  # an update takes 0.4 MB for each
+        "target_network_frequency": (1, 10**12),
+        "epsilon_base": (0, 1),
+        "epsilon_exponent": (0, 1000),
+        "prioritized_replay_alpha": (0, 1),
+        "prioritized_replay_beta": (0, 1),
+        "learning_starts": (0, 10**12),
+        "steps_per_update": (0.01, 10**6),
+        "weights_frequency": (1, 10**12),
+        "max_grad_norm": (1e-12, 10**6),
+        "num_actors": (1, 1000),
+        "envs_per_actor": (1, 100),
+        "max_episode_frames": (FRAME_SKIP * CHUNK, 10**12),
+    }
+    for name, (low, high) in (COMMON_RANGES | ranges).items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:  # nan is not in any range
+            sys.exit(f"error: {flag(name)} is {value:,}: it must be between {low:,} and {high:,}")
+    stored = min(args.learning_starts, args.buffer_size)
+    if args.batch_size > stored and not args.evaluate:
+        problem = f"--batch-size {args.batch_size} is more than the {stored} transitions"
+        advice = "lower it, or raise --learning-starts and --buffer-size"
+        sys.exit(f"error: {problem} that are stored when learning starts: {advice}")
+    if ray is None and not args.evaluate:
+        sys.exit("error: Ray is not installed: pip install 'ray>=2.50'")
+
+
+COMMON_RANGES = {
+    "sticky_actions": (0, 1),
+    "max_episode_frames": (1, 10**12),
+    "video_length": (1, 10**12),
+    "eval_frequency": (0, 10**12),
+    "eval_episodes": (1, 10**12),
+    "eval_epsilon": (0, 1),
+    "seed": (0, 2**31),
+    "total_timesteps": (1, 10**12),
+    "checkpoint_frequency": (0, 10**12),
+}
+
+
+# ------------------------------------------------------------------------------------------- the process itself
+
+
+def guard_streams() -> None:
+    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
+
+    A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
+    file opened would take the number of a closed stream.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # notebooks have streams of their own
+            stream.reconfigure(errors="replace", line_buffering=True)
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer between
+            raw.write = lossy(raw.write)
+
+
+def lossy(write):
+    """The method ``write`` of a raw stream, except that what it cannot write counts as written."""
+
+    def write_or_lose(data) -> int:
+        try:
+            return write(data) or len(data)  # None: a pipe is full and does not block
+        except OSError:
+            return len(data)
+
+    return write_or_lose
+
+
+def say(text: str, file=None) -> None:
+    """Prints a line beside the progress bar, to stdout unless another stream is given."""
+    tqdm.write(text, file=file)
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def catch_signals() -> list[int]:
+    """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
+
+    Those that are ignored stay so: nohup and scripts have their reasons.
+    """
+    caught = []
+
+    def catch(number: int, _) -> None:
+        if not caught:
+            text = f"\nstopping as soon as all is saved; kill -9 {os.getpid()} stops at once\n"
+            with suppress(OSError):
+                os.write(2, text.encode())  # print would fail where the signal has interrupted another print
+        caught.append(number)
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, catch)
+    return caught
+
+
+def run_main() -> None:
+    """Runs ``main`` and ends the program: with its exit code or, if that is 128 + a signal, by this signal.
+
+    So the shell knows that Ctrl-C has ended a run, and does not go on with the next one of a loop.
+    """
+    guard_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it starts: at once, and without a traceback
+    exit_code = main()
+    if exit_code > 128:
+        signal.signal(exit_code - 128, signal.SIG_DFL)
+        atexit._run_exitfuncs()
+        signal.raise_signal(exit_code - 128)
+    sys.exit(exit_code)
 
 
 def main() -> int:
@@ -1955,7 +2247,7 @@ def main() -> int:
     if args.resume or args.evaluate:
         path = Path(args.resume or args.evaluate)
         path = path / "checkpoint.pt" if path.is_dir() else path
-        saved = read_flags(path, part="replay" if args.resume else "agent")
+        saved = read_flags(path, resume=bool(args.resume))
         args = parse_args(default=saved)
     check_args(args)
     device = find_device(args.device)
@@ -1972,6 +2264,10 @@ def main() -> int:
         with suppress(OSError):
             run_dir.rmdir()  # a start that failed leaves no empty folder
 
+
+cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 
 if __name__ == "__main__":
     run_main()

@@ -38,10 +38,10 @@ OWN = {
     " Agent.__init__ Agent.act Agent.think Agent.update Overlay.new_game Overlay.note Overlay.render train",
     "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS check_args Atari.state_dict Atari.load_state_dict QNetwork"
     " Batch BYTES_PER_TRANSITION Replay"
-    " GameFlags.num_actors EvaluationFlags.eval_epsilon AlgorithmFlags.learning_rate AlgorithmFlags.buffer_size"
+    " GameFlags.num_envs EvaluationFlags.eval_epsilon AlgorithmFlags.learning_rate AlgorithmFlags.buffer_size"
     " AlgorithmFlags.batch_size AlgorithmFlags.target_network_frequency"
     " AlgorithmFlags.learning_starts AlgorithmFlags.max_grad_norm"
-    " Agent.PARTS Agent.__init__ Agent.think Agent.update Agent.state_dict Agent.load_state_dict"
+    " Agent.__init__ Agent.think Agent.update Agent.state_dict Agent.load_state_dict"
     " Overlay.note Overlay.render Run.check_step Run.log_games Run.__exit__ capture_learning train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS check_args EvaluationFlags.eval_epsilon"
     " AlgorithmFlags.learning_rate AlgorithmFlags.max_grad_norm"
