@@ -975,7 +975,7 @@ class Halves:
             half.load_state_dict(states[half.columns])
 
     def close(self) -> None:
-        for half in self.halves:
+        for half in reversed(self.halves):  # workers of the second half hold copies of the first one's pipes
             half.close()
 
 
