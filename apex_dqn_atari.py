@@ -1571,7 +1571,8 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
     tensor = torch.as_tensor(array)
     if device.type != "cuda":
         return tensor.clone(memory_format=torch.contiguous_format).to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
 class Means:

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from dqn_atari import SIZE, STACK
 
-SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1"
+SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1 --device cpu"
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 

@@ -20,6 +20,7 @@ import dqn_atari
 SERIAL = ["dqn_atari", "c51_atari", "bootstrapped_dqn_atari", "ppo_atari"]
 FLAGS = (
     "--env-id Breakout --num-workers 0 --eval-frequency 0 --eval-episodes 1 --no-capture-video --wandb-mode disabled"
+    " --device cpu"
 )
 OFF_POLICY = " --num-envs 4 --learning-starts 64 --buffer-size 100 --total-timesteps 80 --batch-size 8"
 ON_POLICY = " --num-envs 4 --num-steps 10 --num-minibatches 2 --update-epochs 1 --total-timesteps 80"
