@@ -9,11 +9,17 @@ from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT
 
 from dqn_atari import SIZE, STACK
 
+HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+# for tests that train: where the CPU has no instructions for it, they would take ten times as long
+IN_BFLOAT16 = pytest.param(
+    "bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a CPU with bfloat16 instructions")
+)
 SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1 --device cpu"
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 

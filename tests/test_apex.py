@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from helpers import Naive, drawn_texts, random_batch, state_frame
+from helpers import IN_BFLOAT16, Naive, drawn_texts, random_batch, state_frame
 
 import apex_dqn_atari
 from apex_dqn_atari import (
@@ -128,6 +128,7 @@ def scripted(monkeypatch):
 
 
 @pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.slow
 def test_replay_of_actors_equals_full_transitions(scripted, n_step):
     """What two actors play comes back as a naive list of whole transitions has it, and nothing else does.
 
@@ -529,7 +530,8 @@ class Corridor(Script):
         return self.stack, {}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", IN_BFLOAT16])
+@pytest.mark.slow
 def test_update_converges_to_value_iteration(scripted, monkeypatch, precision):
     """One-step returns of a random policy in prioritised replay give the Q-values of the best one."""
     monkeypatch.setattr(apex_dqn_atari, "Game", Corridor)
@@ -562,6 +564,7 @@ def test_update_converges_to_value_iteration(scripted, monkeypatch, precision):
     np.testing.assert_allclose(learned, expected, atol=0.06)
 
 
+@pytest.mark.slow
 def test_importance_weights_undo_the_bias_of_the_priorities():
     """A coin that pays 1 in a tenth of its tosses: worth 0.1 with beta 1; drawn by surprise alone it seems worth 0.25.
 

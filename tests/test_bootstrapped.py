@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import drawn_texts, random_batch, state_frame
+from helpers import HAS_BFLOAT16, drawn_texts, random_batch, state_frame
 
 import bootstrapped_dqn_atari
 import dqn_atari
@@ -250,6 +250,7 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
     assert torch.equal(actions, network(observations).argmax(1))
 
 
+@pytest.mark.slow
 def test_every_head_converges_to_value_iteration():
     """A corridor of five states shown as pictures; all heads, each with its prior, find the values of its best policy.
 
@@ -271,7 +272,8 @@ def test_every_head_converges_to_value_iteration():
                 next_state, reward, terminated = step(state, action)
                 expected[state, action] = reward + (0 if terminated else gamma * expected[next_state].max())
 
-    agent = make_agent(learning_rate=5e-4, precision="bfloat16", gamma=gamma)
+    precision = "bfloat16" if HAS_BFLOAT16 else "float32"
+    agent = make_agent(learning_rate=5e-4, precision=precision, gamma=gamma)
     replay = Replay(4000, 2, CPU, num_heads=3, mask_probability=0.7)
     rng, states = np.random.default_rng(0), [0, 2]
     for _ in range(1500):
@@ -420,6 +422,7 @@ def test_every_environment_follows_its_head():
     assert half.item() == pytest.approx(0.5 + 0.5 / 4, abs=0.06)
 
 
+@pytest.mark.slow
 def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
     """A real run with lost lives, games that end and games that are cut off; 31 heads, so that most draws are others.
 

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import random_batch, state_frame
+from helpers import IN_BFLOAT16, random_batch, state_frame
 
 import c51_atari
 from c51_atari import (
@@ -159,8 +159,14 @@ def all_outcomes(process) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    "process, gamma, precision", [(TREE, 0.5, "float32"), (TREE, 0.5, "bfloat16"), (LOOPS, 0.9, "float32")]
+    "process, gamma, precision",
+    [
+        (TREE, 0.5, "float32"),
+        pytest.param(TREE, 0.5, *IN_BFLOAT16.values, marks=IN_BFLOAT16.marks),
+        (LOOPS, 0.9, "float32"),
+    ],
 )
+@pytest.mark.slow
 def test_update_converges_to_the_return_distributions(process, gamma, precision):
     """In TREE all returns lie on the support, so that these are the true distributions; LOOPS never ends for sure."""
     agent = make_agent(v_min=-2.0, v_max=2.0, n_atoms=17, gamma=gamma, learning_rate=1e-3, precision=precision)

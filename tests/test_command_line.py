@@ -23,6 +23,8 @@ from helpers import (
 
 from dqn_atari import Agent, Args, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import random_batch, state_frame
+from helpers import IN_BFLOAT16, random_batch, state_frame
 
 import dqn_atari
 from dqn_atari import Agent, Args, Means, QNetwork, Replay, linear_schedule, multiples
@@ -22,7 +22,8 @@ def make_agent(num_actions=2, **flags):
     return Agent(Args(**({"precision": "float32"} | flags)), num_actions, CPU)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", IN_BFLOAT16])
+@pytest.mark.slow
 def test_update_converges_to_value_iteration(precision):
     """A corridor of five states shown as pictures; episodes are cut off at random, which must not change the values.
 

@@ -20,6 +20,8 @@ import dqn_atari
 import dqn_atari_visual
 import ppo_atari
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = [dqn_atari, c51_atari, bootstrapped_dqn_atari, apex_dqn_atari, ppo_atari]
 CPU, T = torch.device("cpu"), torch.Tensor
 

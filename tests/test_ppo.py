@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import assert_group_is_gone, drawn_texts, run, run_folder, start, state_frame, wait_for
+from helpers import IN_BFLOAT16, assert_group_is_gone, drawn_texts, run, run_folder, start, state_frame, wait_for
 
 import ppo_atari
 from ppo_atari import (
@@ -153,6 +153,7 @@ def test_statistics_of_rows():
     [(3, 0, "float32"), (3, 2, "bfloat16"), (4, 2, "float32")],
     ids=["one process", "two workers", "in halves"],
 )
+@pytest.mark.slow
 def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_workers, precision):
     """Two iterations of ``train`` on a real game with cut-off and ended episodes, against games played one by one.
 
@@ -220,6 +221,7 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+@pytest.mark.slow
 def test_games_go_on_where_they_were(num_workers):
     """... however they are divided among halves and processes."""
     games, others = (Halves(Args(env_id="Pong", num_envs=4, num_workers=workers)) for workers in (2, num_workers))
@@ -448,7 +450,8 @@ def corridor(state, action, num_states=5):
     return (0, -0.5, False) if state == 0 else (state - 1, 0.0, False)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", IN_BFLOAT16])
+@pytest.mark.slow
 def test_policy_and_values_converge(precision):
     """A corridor of five states shown as pictures; episodes are cut off at random, which must not change the values."""
     num_states, num_envs, num_steps, gamma = 5, 8, 16, 0.8
@@ -713,6 +716,7 @@ def as_ranks() -> list[dict]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_as_one_process(tmp_path):
     """Both ranks have the same parameters after every update, and those of one process fed the minibatches of both."""
     paths = [tmp_path / f"{rank}.pt" for rank in range(2)]
@@ -749,6 +753,7 @@ def start_ranks(folder: Path, flags: str) -> list[subprocess.Popen]:
     return [start(folder, flags, "ppo_atari.py", env=environment) for environment in as_ranks()]
 
 
+@pytest.mark.slow
 def test_ranks_end_together_and_go_on_alone(tmp_path):
     """What torchrun restarts after a kill goes on by itself and ends bit-identical to what was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -773,6 +778,7 @@ def test_ranks_end_together_and_go_on_alone(tmp_path):
     assert (run_folder(killed) / "model.pt").read_bytes() == (run_folder(whole) / "model.pt").read_bytes()
 
 
+@pytest.mark.slow
 def test_signal_to_one_rank_stops_all(tmp_path):
     """... with a checkpoint, which only as many ranks can go on from."""
     ranks = start_ranks(tmp_path, RANKS.replace("1200", "1000000"))

@@ -19,6 +19,8 @@ from helpers import NO_EXTRAS, SHORT, assert_group_is_gone, run_folder, wait_for
 
 from dqn_atari import STOP_SIGNALS, catch_signals, guard_streams, say
 
+pytestmark = pytest.mark.slow
+
 # --------------------------------------------------------------------------------------------- standard streams
 
 

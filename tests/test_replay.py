@@ -19,6 +19,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
 
 
 @pytest.mark.parametrize("num_envs", [1, 5])
+@pytest.mark.slow
 def test_samples_equal_full_transitions(num_envs):
     """Every drawn transition is the naive one; those drawn are exactly those that are valid."""
     rng = np.random.default_rng(num_envs)

@@ -21,6 +21,8 @@ from helpers import (
     wandb_records,
 )
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py") if path.name != "dqn_atari.py")
 # flags of the template that a script has others for
 INSTEAD = {

@@ -713,7 +713,7 @@ def test_layout_adapts_to_the_chosen_panels(count):
     assert boxes["facts"].bottom < boxes["q_values"].top  # in the order given
 
 
-MARGIN_PANEL = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+MARGIN_PANEL = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "usage.md").read_text(), re.DOTALL)[1]
 
 
 @pytest.mark.parametrize("panels", [(), ("game", "margin"), ("margin", "facts")])

@@ -19,6 +19,8 @@ from wandb_server import WandbServer
 
 from dqn_atari import slug
 
+pytestmark = pytest.mark.slow
+
 # the tracker alone, without the rest of the script, so that a process of a test starts at once
 HEADER = """
 import os, re, signal, sys, textwrap, threading, time, unicodedata

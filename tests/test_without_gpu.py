@@ -18,6 +18,8 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import dqn_atari
 
+pytestmark = pytest.mark.slow
+
 FLAGS = (
     "--env-id Pong --seed 3 --max-episode-frames 80 --precision float32 --checkpoint-frequency 0"
     " --eval-frequency 0 --eval-episodes 1 --video-length 2"
