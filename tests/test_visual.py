@@ -254,6 +254,7 @@ def test_histories_are_bounded():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.slow
 def test_evaluation_leaves_no_trace(tmp_path, device):
     """Random states, gradients, parameters and optimizer are what they were."""
     args = Args(env_id="Pong", eval_episodes=1, max_episode_frames=160, video_length=20, precision="bfloat16")
@@ -779,6 +780,7 @@ def dqn_run(tmp_path_factory) -> Path:
     return run_folder(folder)
 
 
+@pytest.mark.slow
 def test_models_and_checkpoints_of_dqn_play_here(dqn_run, tmp_path):
     """The same returns with the same seed; the flags that dqn_atari.py does not have take their defaults."""
     flags = " --eval-episodes 3 --eval-epsilon 0.5"
@@ -821,6 +823,7 @@ def check_wandb_record(folder: Path) -> None:
     assert {path.suffix for path in paths} == {".json", ".mp4"}
 
 
+@pytest.mark.slow
 def test_run_of_dqn_goes_on_here_bit_identical(dqn_run, tmp_path):
     """600 steps there and 400 here, with evaluations, videos and saliency between them: the network of 1,000 there."""
     play(tmp_path, "dqn_atari.py", FLAGS + " --total-timesteps 1000")
