@@ -115,7 +115,7 @@ def expected_waits(script, flags: str, steps: int, logs: int) -> Counter:
         ("dqn_atari", DQN, MOVES),
         ("dqn_atari", DQN + " --replay-device cpu", ON_GPU),
         ("ppo_atari", PPO, MOVES),
-        ("c51_atari", DQN + " --precision bfloat16", ON_GPU),
+        ("c51_atari", DQN, ON_GPU),
         ("bootstrapped_dqn_atari", DQN + " --num-heads 3 --mask-probability 0.5", ON_GPU),
         ("dqn_atari_visual", DQN, ON_GPU),
     ],
@@ -139,12 +139,12 @@ def test_a_run_on_a_gpu_is_that_on_a_cpu(script, flags, starts, tmp_path, monkey
         before = steps
 
 
-@pytest.mark.parametrize("replay_device", [GPU, CPU])
-def test_apex_learns_on_a_gpu_as_on_a_cpu(replay_device, monkeypatch):
+@pytest.mark.parametrize("replay_device, precision", [(GPU, "bfloat16"), (CPU, "float32")])
+def test_apex_learns_on_a_gpu_as_on_a_cpu(replay_device, precision, monkeypatch):
     """Sample, update and priorities, from chunks that come as from actors; the replay grows and wraps."""
     import apex_dqn_atari as script
 
-    args = script.Args(precision="float32", num_actors=1, envs_per_actor=2, buffer_size=320, batch_size=8)
+    args = script.Args(precision=precision, num_actors=1, envs_per_actor=2, buffer_size=320, batch_size=8)
 
     def chunk(rng) -> dict:
         shape = (script.CHUNK, 2)
