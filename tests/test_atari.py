@@ -5,6 +5,7 @@ import multiprocessing
 import re
 import zlib
 from collections import deque
+from unittest.mock import Mock
 
 import ale_py
 import gymnasium as gym
@@ -401,3 +402,31 @@ def test_names_of_one_game(env_id):
 def test_full_action_space():
     assert Atari(Args(env_id="Breakout")).action_names == ["NOOP", "FIRE", "RIGHT", "LEFT"]
     assert Atari(Args(env_id="Breakout", full_action_space=True)).action_space.n == 18
+
+
+def test_game_that_ends_at_the_frame_limit_is_over_and_not_cut():
+    """A truncation would bootstrap from a state that nothing follows."""
+
+    def play(**flags):
+        env = Atari(Args(env_id="Breakout", **flags))
+        env.reset(seed=3)
+        while True:
+            _, _, terminated, truncated, info = env.step(0)
+            if info:
+                return env.ale.getEpisodeFrameNumber(), terminated, truncated
+            if terminated:
+                env.reset()
+
+    last_frame, terminated, truncated = play()
+    assert terminated and not truncated
+    assert play(max_episode_frames=last_frame) == (last_frame, True, False)
+    assert play(max_episode_frames=last_frame - 4)[2]
+
+
+def test_no_lives_before_the_end_are_no_lost_life(monkeypatch):
+    """Some games show 0 lives for a few frames before they are over: that is one end, not two."""
+    env = Atari(Args(env_id="Breakout"))
+    env.reset(seed=1)
+    lives = iter([5, 4, 4, 0, 0])
+    env.ale = Mock(wraps=env.ale, lives=lambda: next(lives))
+    assert [env.step(0)[2] for _ in range(5)] == [False, True, False, False, False]

@@ -226,3 +226,21 @@ def test_log_without_a_progress_bar_has_a_line_a_minute(monkeypatch, tmp_path, c
         f"step 3,000 of 100,000: {figures}, 0.7 hours left",
         f"step 6,000 of 100,000: {figures}, 0.7 hours left",
     ]
+
+
+def test_time_of_checkpoints_and_evaluations_is_no_part_of_the_speed(monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr(dqn_atari.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(dqn_atari, "catch_signals", list)
+    monkeypatch.setattr(dqn_atari, "evaluate", lambda *arguments: clock.__setitem__(0, clock[0] + 100))
+    monkeypatch.setattr(dqn_atari, "save", lambda *arguments: clock.__setitem__(0, clock[0] + 1000))
+    logged = []
+    run = dqn_atari.Run(Args(wandb_mode="disabled"), tmp_path, make_agent(), {})
+    run.start(None)
+    run.tracker.log = lambda metrics, global_step: logged.append(metrics["charts/SPS"])
+    with run:
+        clock[0] += 10
+        run.evaluate(1000)
+        run.save_checkpoint(1000)
+        run.log({}, 1000)
+    assert logged == [100]
