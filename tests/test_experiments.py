@@ -7,7 +7,7 @@ from helpers import read_video, run, run_folder
 
 pytestmark = pytest.mark.slow
 
-FLAGS = "--num-envs 4 --num-workers 0 --learning-starts 100 --buffer-size 400 --total-timesteps 200 --batch-size 8"
+FLAGS = "--device cpu --num-envs 4 --num-workers 0 --learning-starts 100 --buffer-size 400 --total-timesteps 200 --batch-size 8"
 FLAGS += " --eval-episodes 1 --video-length 20 --max-episode-frames 400 --wandb-mode offline"
 
 LOSS = {

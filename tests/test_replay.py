@@ -204,7 +204,7 @@ def test_memory_is_taken_as_it_is_filled():
 def test_limit_of_the_shell_is_told_in_one_sentence(tmp_path):
     """With ``ulimit -d`` the memory is there, and this process cannot have it."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))  # noqa: E731
-    flags = "--env-id Pong --num-envs 1 --num-workers 0 --wandb-mode disabled --buffer-size 320000"
+    flags = "--device cpu --env-id Pong --num-envs 1 --num-workers 0 --wandb-mode disabled --buffer-size 320000"
     result = run(tmp_path, flags, preexec_fn=limit)
     assert result.returncode == 1
     assert result.stderr == (

@@ -768,7 +768,7 @@ def play(folder: Path, script: str, flags: str) -> str:
 
 
 # epsilon does not depend on the length of the run: one that is resumed can be compared with one that is not
-FLAGS = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --start-e 0.1 --end-e 0.1"
+FLAGS = "--device cpu --env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --start-e 0.1 --end-e 0.1"
 FLAGS += " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
