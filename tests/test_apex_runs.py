@@ -18,7 +18,8 @@ from apex_dqn_atari import CHUNK
 
 pytestmark = pytest.mark.slow
 
-SHORT = "--device cpu --env-id Breakout --num-actors 1 --envs-per-actor 4 --learning-starts 400 --buffer-size 1000 --batch-size 32"
+SHORT = "--device cpu --env-id Breakout --num-actors 1 --envs-per-actor 4 --learning-starts 400"
+SHORT += " --buffer-size 1000 --batch-size 32"
 NO_EXTRAS = SHORT + " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 

@@ -7,8 +7,8 @@ from helpers import read_video, run, run_folder
 
 pytestmark = pytest.mark.slow
 
-FLAGS = "--device cpu --num-envs 4 --num-workers 0 --learning-starts 100 --buffer-size 400 --total-timesteps 200 --batch-size 8"
-FLAGS += " --eval-episodes 1 --video-length 20 --max-episode-frames 400 --wandb-mode offline"
+FLAGS = "--device cpu --num-envs 4 --num-workers 0 --learning-starts 100 --buffer-size 400 --total-timesteps 200"
+FLAGS += " --batch-size 8 --eval-episodes 1 --video-length 20 --max-episode-frames 400 --wandb-mode offline"
 
 LOSS = {
     "loss = F.mse_loss(q_values, td_target)": "loss = F.smooth_l1_loss(q_values, td_target)",

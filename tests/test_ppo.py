@@ -243,8 +243,8 @@ def test_games_go_on_where_they_were(num_workers):
             actions = rng.integers(6, size=4)
             np.testing.assert_array_equal(step(games, actions), step(others, actions))
     finally:
+        others.close()  # its workers were forked last and hold the pipes of the first
         games.close()
-        others.close()
     for half in games.halves:  # those that had to be killed held up the end of the run
         assert [worker.exitcode for worker in half.workers] == [0] * len(half.workers)
 
@@ -747,8 +747,9 @@ def test_two_ranks_learn_as_one_process(tmp_path):
     assert actions[0] != actions[1]  # each draws its own
 
 
-RANKS = "--device cpu --env-id Breakout --num-envs 2 --num-steps 100 --num-minibatches 2 --update-epochs 1 --total-timesteps 1200"
-RANKS += " --checkpoint-frequency 400 --eval-frequency 0 --eval-episodes 1 --no-capture-video --wandb-mode disabled"
+RANKS = "--env-id Breakout --num-envs 2 --num-steps 100 --num-minibatches 2 --update-epochs 1 --total-timesteps 1200"
+RANKS += " --device cpu --checkpoint-frequency 400 --eval-frequency 0 --eval-episodes 1 --no-capture-video"
+RANKS += " --wandb-mode disabled"
 
 
 def start_ranks(folder: Path, flags: str) -> list[subprocess.Popen]:
