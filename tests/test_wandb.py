@@ -40,7 +40,9 @@ class Args:
     wandb_group: str | None = None
 
 """
-PARTS = "\n\n".join(definitions((ROOT / "dqn_atari.py").read_text())[name] for name in ("say", "slug", "Tracker"))
+PARTS = "\n\n".join(
+    definitions((ROOT / "dqn_atari.py").read_text())[name] for name in ("ALGORITHM", "say", "slug", "Tracker")
+)
 START = """
 from tracker import *
 signals = []
