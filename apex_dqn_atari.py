@@ -315,10 +315,8 @@ class Replay:
 
     def __init__(self, args: Args, device: torch.device):
         self.args = args
-        self.num_envs = args.num_envs
         self.max_steps = args.buffer_size // args.num_envs
         self.capacity = self.max_steps * args.num_envs
-        self.n_step = args.n_step
         self.device = device
         self.frames = blank_frames((self.capacity, SIZE, SIZE), device)
         self.ages = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
@@ -340,16 +338,16 @@ class Replay:
         need frames from before it are left out.
         """
         start = self.num_steps[actor]
-        steps = torch.arange(start - self.n_step, start + CHUNK + HISTORY, device=self.device)
+        steps = torch.arange(start - self.args.n_step, start + CHUNK + HISTORY, device=self.device)
         envs_per_actor = self.args.envs_per_actor
         envs = torch.arange(envs_per_actor, device=self.device) + actor * envs_per_actor
-        places = (steps[:, None] * self.num_envs + envs) % self.capacity  # [n + CHUNK + 3, envs_per_actor]
+        places = (steps[:, None] * self.args.num_envs + envs) % self.capacity  # [n + CHUNK + 3, envs_per_actor]
         for name in self.ARRAYS:
-            first = self.n_step if name == "frames" else 0
+            first = self.args.n_step if name == "frames" else 0
             values = upload(chunk[name], self.device)
             getattr(self, name)[places[first : first + CHUNK]] = values
         if not follows:
-            self.priorities[places[: self.n_step + HISTORY]] = 0
+            self.priorities[places[: self.args.n_step + HISTORY]] = 0
         # the newest, whose successors are still to come, and the oldest, whose older frames have just gone
         self.priorities[places[CHUNK:]] = 0
         self.num_steps[actor] += CHUNK
@@ -365,7 +363,7 @@ class Replay:
         draws = shares + torch.rand(batch_size, device=self.device).double()
         indices = torch.searchsorted(cumulative, draws / batch_size * cumulative[-1], right=True)
 
-        offsets = torch.arange(-HISTORY, self.n_step + 1, device=self.device) * self.num_envs
+        offsets = torch.arange(-HISTORY, self.args.n_step + 1, device=self.device) * self.args.num_envs
         places = (indices[:, None] + offsets) % self.capacity  # [batch, 4 + n]: 3 steps before, the drawn one, n after
         frames = self.frames.index_select(0, places.flatten())  # many times faster than self.frames[places]
         frames = frames.unflatten(0, places.shape)
@@ -380,7 +378,7 @@ class Replay:
             observations=frames[:, :STACK],
             actions=self.actions.take(indices).long(),
             returns=self.returns.take(indices),
-            next_observations=frames[:, self.n_step :],
+            next_observations=frames[:, self.args.n_step :],
             discounts=self.discounts.take(indices),
             weights=weights / weights.max(),
             indices=indices,
@@ -391,7 +389,7 @@ class Replay:
 
     def state_dict(self) -> dict:
         """The filled part of the arrays; on the CPU these are views, not copies."""
-        filled = min(max(self.num_steps) * self.num_envs, self.capacity)
+        filled = min(max(self.num_steps) * self.args.num_envs, self.capacity)
         state = {"num_steps": self.num_steps}
         for name in self.ARRAYS:
             array = getattr(self, name)[:filled].cpu()
@@ -404,7 +402,7 @@ class Replay:
         sane = all(type(steps) is int and 0 <= steps < 2**62 for steps in num_steps)
         if not sane or len(num_steps) != len(self.num_steps):
             raise ValueError(f"num_steps is {num_steps}")
-        filled = min(max(num_steps) * self.num_envs, self.capacity)
+        filled = min(max(num_steps) * self.args.num_envs, self.capacity)
         for name in self.ARRAYS:
             fill(getattr(self, name)[:filled], state[name])
         self.num_steps = num_steps
@@ -412,7 +410,7 @@ class Replay:
 
 # ------------------------------------------------------------------------------------------------------ actor
 
-RUNNING, TERMINATED, CUT = 0, 1, 2  # how an episode ended at a step, if it did: CUT is a truncation
+RUNNING, TERMINATED, TRUNCATED = 0, 1, 2  # whether and how an episode ended at a step
 
 
 def epsilons(args: Args) -> np.ndarray:
@@ -436,7 +434,7 @@ def n_step_returns(rewards: np.ndarray, ends: np.ndarray, n_step: int, gamma: fl
     for k in range(n_step):
         end = ends[k : k + steps]
         returns += gamma**k * rewards[k : k + steps] * alive
-        valid &= ~(alive & (end == CUT))
+        valid &= ~(alive & (end == TRUNCATED))
         alive &= end == RUNNING
     return returns, np.float32(gamma**n_step) * alive, valid
 
@@ -454,7 +452,6 @@ class Actor:
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         torch.set_num_threads(1)
         self.args = args
-        self.n_step = args.n_step
         self.numbers = number + args.num_actors * np.arange(args.envs_per_actor)  # every actor explores and exploits
         self.epsilons = epsilons(args)[self.numbers]
         self.rng = np.random.default_rng([args.seed, number, start])
@@ -466,7 +463,7 @@ class Actor:
         self.observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)])
         self.ages = np.zeros(len(self.envs), np.uint8)
         # the last n_step steps of the chunk before and those of this one: q_taken is Q(s, a), q_best max_a Q(s, a)
-        shape = (self.n_step + CHUNK, len(self.envs))
+        shape = (self.args.n_step + CHUNK, len(self.envs))
         self.steps = {name: np.zeros(shape, np.uint8) for name in ("ages", "actions", "ends")}
         self.steps |= {name: np.zeros(shape, np.float32) for name in ("rewards", "q_taken", "q_best")}
         self.steps["frames"] = np.zeros((*shape, SIZE, SIZE), np.uint8)
@@ -490,20 +487,20 @@ class Actor:
             self.updates = updates
         steps = self.steps
         for array in steps.values():
-            array[: self.n_step] = array[CHUNK:]
+            array[: self.args.n_step] = array[CHUNK:]
         games = []
-        for t in range(self.n_step, self.n_step + CHUNK):
+        for t in range(self.args.n_step, self.args.n_step + CHUNK):
             games += self.step(t)
         first_step = self.num_steps
         self.num_steps += CHUNK
 
-        returns, discounts, valid = n_step_returns(steps["rewards"], steps["ends"], self.n_step, self.args.gamma)
-        td_errors = returns + discounts * steps["q_best"][self.n_step :] - steps["q_taken"][:CHUNK]
+        returns, discounts, valid = n_step_returns(steps["rewards"], steps["ends"], self.args.n_step, self.args.gamma)
+        td_errors = returns + discounts * steps["q_best"][self.args.n_step :] - steps["q_taken"][:CHUNK]
         idle = called - self.finished
         busy = time.perf_counter() - called
         self.finished = called + busy
         return {
-            "frames": steps["frames"][self.n_step :],
+            "frames": steps["frames"][self.args.n_step :],
             "ages": steps["ages"][:CHUNK],
             "actions": steps["actions"][:CHUNK],
             "returns": returns,
@@ -532,7 +529,7 @@ class Actor:
         for i, env in enumerate(self.envs):
             observation, reward, terminated, truncated, info = env.step(int(actions[i]))
             steps["rewards"][t, i] = reward
-            steps["ends"][t, i] = TERMINATED if terminated else truncated * CUT
+            steps["ends"][t, i] = TERMINATED if terminated else truncated * TRUNCATED
             self.ages[i] = min(self.ages[i] + 1, HISTORY)
             if info:
                 games.append(info["episode"] | {"env": int(self.numbers[i])})
@@ -642,7 +639,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         """How many multiples of ``frequency`` the chunks received last have reached."""
         return multiples(frequency, before, global_step)
 
-    with run, closing(actors):
+    with closing(run), closing(actors):
         while global_step < args.total_timesteps and not run.stop_signals:
             # store what the actors have played; wait for it only if there is nothing to learn
             before = global_step
@@ -689,20 +686,21 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
 def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], None]:
     """A function that makes one update from the replay: on CUDA one graph, with the sampling if the replay is there."""
-    update = capture(agent.update, agent.device)
 
     def learn() -> None:
         *batch, indices = replay.sample(args.batch_size)
         td_errors = agent.update(*batch)
         replay.update_priorities(indices, td_errors)
 
+    if replay.device == agent.device:
+        return capture(learn, agent.device)
+    update = capture(agent.update, agent.device)
+
     def learn_from_main_memory() -> None:
         *batch, indices = replay.sample(args.batch_size)
         td_errors = update(*(upload(x, agent.device) for x in batch))
         replay.update_priorities(indices, td_errors.to(replay.device))
 
-    if replay.device == agent.device:
-        return capture(learn, agent.device)
     return learn_from_main_memory
 
 
@@ -935,6 +933,7 @@ class Actors:
         self.miss_silent_actors()
 
     def miss_silent_actors(self) -> None:
+        """Warns once of each actor that has sent nothing for too long."""
         for actor, heard in enumerate(self.heard):
             if time.monotonic() - heard > SILENCE:
                 problem = f"actor {actor} has sent nothing for {SILENCE} s: its machine is gone, busy or out of memory"
@@ -1009,6 +1008,7 @@ def local_ray_options(args: Args) -> dict:
 
 
 def set_up_learner(args: Args, device: torch.device) -> None:
+    """Seeds torch and sets up the device, beside actors on the same machine."""
     set_up_torch(args, device)
     if device.type != "cuda" and args.ray_address == "local":  # leave their cores to the actors
         torch.set_num_threads(max(torch.get_num_threads() - args.num_actors, 1))
@@ -1613,8 +1613,10 @@ class Means:
         return self.sums
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.sums = {name: torch.zeros(2, device=self.device) for name in state.keys()}
-        fill(self.sums, state)
+        self.sums = {}
+        for name, saved in state.items():
+            self.sums[name] = torch.zeros(2, device=self.device)
+            fill(self.sums[name], saved)
 
 
 def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
@@ -1727,7 +1729,6 @@ class Run:
         self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
         self.stop_signals = catch_signals()
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
-        self.speaks = self.bar.disable
         self.clock = self.spoken = time.perf_counter()
         self.clock_step = global_step
         return global_step
@@ -1804,7 +1805,7 @@ class Run:
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
-        if self.speaks and now > self.spoken + 60:
+        if self.bar.disable and now > self.spoken + 60:
             self.spoken = now
             self.say_progress(shown, global_step)
         self.clock = now
@@ -1814,7 +1815,7 @@ class Run:
         """A line in a log that has no progress bar."""
         hours = (self.args.total_timesteps - global_step) / shown["SPS"] / 3600
         figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left")
+        say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left at this speed")
 
     def finish(self, global_step: int) -> None:
         """Saves what the run has come to and, after its last step, the model, and plays the last evaluation."""
@@ -1831,10 +1832,8 @@ class Run:
             say(how_to_go_on(self.args, self.run_dir, global_step, self.saved_step))
             self.exit_code = 128 + self.stop_signals[0]
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error) -> None:
+    def close(self) -> None:
+        """Ends what ``start`` has begun; waits for W&B's upload."""
         self.bar.close()
         os.close(self.folder)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)

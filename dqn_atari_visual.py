@@ -234,7 +234,7 @@ class Batch(NamedTuple):
 
 
 BYTES_PER_TRANSITION = SIZE * SIZE + 1 + 4 + 1  # frame, action, reward, end
-RUNNING, TERMINATED, CUT = 0, 1, 2  # how an episode ended at a step, if it did: CUT is a truncation
+RUNNING, TERMINATED, TRUNCATED = 0, 1, 2  # whether and how an episode ended at a step
 
 
 class Replay:
@@ -243,7 +243,7 @@ class Replay:
     Each array has one place for each environment and step: the newest frame of the observation, the action, the
     reward and how the episode ended, if it did. The environments of a step lie side by side, the steps in a ring. A
     sample gathers 5 frames around a step and blanks those from before the episode. Never drawn: a step whose
-    successor is not stored yet, one with a part of its frames overwritten, and one at which the episode was cut.
+    successor is not stored yet, one with a part of its frames overwritten, and one at which the episode was truncated.
     """
 
     ARRAYS = ("frames", "actions", "rewards", "ends")
@@ -267,7 +267,7 @@ class Replay:
         self.frames[places] = frames
         self.actions[places] = actions
         self.rewards[places] = rewards
-        self.ends[places] = torch.where(terminated, TERMINATED, truncated * CUT)
+        self.ends[places] = torch.where(terminated, TERMINATED, truncated * TRUNCATED)
         self.num_steps += 1
         self.num_steps_on_device += 1
 
@@ -276,11 +276,11 @@ class Replay:
         newest = self.num_steps_on_device - 1  # its successor is not stored yet
         oldest = (self.num_steps_on_device - self.max_steps + HISTORY).clamp(min=0)
         # The device alone knows these bounds, so draws come from a range so large that the remainder favours none.
-        # Cuts are rare: of 8 draws for each place in the batch, enough are valid.
+        # Truncations are rare: of 8 draws for each place in the batch, enough are valid.
         draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device)
         draws = oldest * self.num_envs + draws % ((newest - oldest) * self.num_envs)
-        is_cut = self.ends.take(draws % self.capacity) == CUT
-        valid_first = is_cut.byte().argsort(stable=True)
+        is_truncated = self.ends.take(draws % self.capacity) == TRUNCATED
+        valid_first = is_truncated.byte().argsort(stable=True)
         draws = draws[valid_first[:batch_size]]
 
         offsets = torch.arange(-HISTORY, 2, device=self.device) * self.num_envs
@@ -401,10 +401,10 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     set_up_torch(args, device)
     agent = Agent(args, envs.num_actions, device)
     replay = Replay(args.buffer_size, args.num_envs, find_replay_device(args, device))
-    run = Run(args, run_dir, agent, {"replay": replay, "envs": envs})
-    global_step = run.start(resume)
     if not resume:
         envs.reset(args.seed)
+    run = Run(args, run_dir, agent, {"replay": replay, "envs": envs})
+    global_step = run.start(resume)
     observations = upload(envs.observations, device)
 
     act = capture(agent.act, device)
@@ -416,7 +416,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         """How many multiples of ``frequency`` the last step of all environments has reached."""
         return multiples(frequency, global_step - args.num_envs, global_step)
 
-    with run, closing(envs):
+    with closing(run), closing(envs):
         while global_step < args.total_timesteps and not run.stop_signals:
             # act
             epsilon.fill_(linear_schedule(args.start_e, args.end_e, exploration_steps, global_step))
@@ -452,17 +452,18 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
 def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], None]:
     """A function that makes one update from the replay: on CUDA one graph, with the sampling if the replay is there."""
-    update = capture(agent.update, agent.device)
 
     def learn() -> None:
         agent.update(*replay.sample(args.batch_size))
+
+    if replay.device == agent.device:
+        return capture(learn, agent.device)
+    update = capture(agent.update, agent.device)
 
     def learn_from_main_memory() -> None:
         batch = replay.sample(args.batch_size)
         update(*(upload(x, agent.device) for x in batch))
 
-    if replay.device == agent.device:
-        return capture(learn, agent.device)
     return learn_from_main_memory
 
 
@@ -863,9 +864,8 @@ class AtariVector:
     def _fail(self, i: int) -> None:
         worker = self.workers[i]
         worker.join(timeout=5)
-        name = (
-            f"environment worker {i} (process {worker.pid}, environments {self.bounds[i]} to {self.bounds[i + 1] - 1})"
-        )
+        games = f"environments {self.bounds[i]} to {self.bounds[i + 1] - 1}"
+        name = f"environment worker {i} (process {worker.pid}, {games})"
         sys.exit(f"error: {name} died with exit code {worker.exitcode}: go on from the last checkpoint with --resume")
 
 
@@ -1818,8 +1818,10 @@ class Means:
         return self.sums
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.sums = {name: torch.zeros(2, device=self.device) for name in state.keys()}
-        fill(self.sums, state)
+        self.sums = {}
+        for name, saved in state.items():
+            self.sums[name] = torch.zeros(2, device=self.device)
+            fill(self.sums[name], saved)
 
 
 def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
@@ -1932,7 +1934,6 @@ class Run:
         self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
         self.stop_signals = catch_signals()
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
-        self.speaks = self.bar.disable
         self.clock = self.spoken = time.perf_counter()
         self.clock_step = global_step
         return global_step
@@ -1999,7 +2000,7 @@ class Run:
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
-        if self.speaks and now > self.spoken + 60:
+        if self.bar.disable and now > self.spoken + 60:
             self.spoken = now
             self.say_progress(shown, global_step)
         self.clock = now
@@ -2009,7 +2010,7 @@ class Run:
         """A line in a log that has no progress bar."""
         hours = (self.args.total_timesteps - global_step) / shown["SPS"] / 3600
         figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left")
+        say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left at this speed")
 
     def finish(self, global_step: int) -> None:
         """Saves what the run has come to and, after its last step, the model, and plays the last evaluation."""
@@ -2026,10 +2027,8 @@ class Run:
             say(how_to_go_on(self.args, self.run_dir, global_step, self.saved_step))
             self.exit_code = 128 + self.stop_signals[0]
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error) -> None:
+    def close(self) -> None:
+        """Ends what ``start`` has begun; waits for W&B's upload."""
         self.bar.close()
         os.close(self.folder)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)

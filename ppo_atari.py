@@ -314,6 +314,8 @@ class Rollout:
 class Agent:
     """Network and optimizer."""
 
+    PARTS = ("network", "optimizer", "metrics")  # of a checkpoint
+
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         self.args = args
         self.device = device
@@ -330,7 +332,7 @@ class Agent:
         logits, values = self.network(observations)
         log_policy = logits.log_softmax(1)
         gumbel = -torch.empty_like(logits).exponential_().log()
-        actions = (log_policy + gumbel).argmax(1)  # https://en.wikipedia.org/wiki/Gumbel_distribution
+        actions = (log_policy + gumbel).argmax(1)  # the Gumbel-max trick: a draw from the policy
         return actions, logprobs_of(actions, log_policy), values
 
     @torch.no_grad()
@@ -390,8 +392,7 @@ class Agent:
         return (np.exp(log_policy), value.item()), action
 
     def state_dict(self) -> dict:
-        parts = ("network", "optimizer", "metrics")
-        return {name: getattr(self, name).state_dict() for name in parts}
+        return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
@@ -435,19 +436,19 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     agent = Agent(args, envs.num_actions, device)
     rollout = Rollout(args, share.num_envs, device)
     join_ranks(device)
-    run = Run(args, run_dir, agent, {"envs": envs})
-    global_step = run.start(resume)
     if not resume:
         envs.reset(args.seed, first=RANK * share.num_envs)
         agree_on_weights(agent)
+    run = Run(args, run_dir, agent, {"envs": envs})
+    global_step = run.start(resume)
 
-    def compute_gradients(indices: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    def learn_from(indices: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
         return agent.compute_gradients(*rollout.minibatch(indices), advantages)
 
     act = capture(agent.act, device)
     value = capture(agent.value, device)
     estimate_advantages = capture(rollout.estimate_advantages, device)
-    compute_gradients = capture(compute_gradients, device)
+    compute_gradients = capture(learn_from, device)
     apply_gradients = capture(agent.apply_gradients, device)
     steps_per_iteration = args.num_steps * args.num_envs
     all_threads = torch.get_num_threads()
@@ -464,10 +465,10 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     def receive(half: AtariVector, step: int) -> list[dict]:
         """Stores what a step brought, and returns the games that ended."""
         observations, rewards, terminated, truncated, games = half.recv()
-        cut = truncated & ~terminated
-        if cut.any():  # the value of its last state stands for the rewards that the game still had
+        only_truncated = truncated & ~terminated
+        if only_truncated.any():  # the value of its last state stands for the rewards that the game still had
             final_observations = upload(half.outcomes["final_observation"], device)
-            rewards = rewards + args.gamma * cut * value(final_observations).cpu().numpy()
+            rewards = rewards + args.gamma * only_truncated * value(final_observations).cpu().numpy()
         rollout.rewards[step, half.columns] = torch.as_tensor(rewards)
         rollout.ends[step, half.columns] = torch.as_tensor(terminated | truncated)
         rollout.observations[step + 1, half.columns] = upload(observations, device)
@@ -477,7 +478,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         """How many multiples of ``frequency`` the last iteration has reached."""
         return multiples(frequency, global_step - steps_per_iteration, global_step)
 
-    with run, closing(envs):
+    with closing(run), closing(envs):
         while global_step < args.total_timesteps and not run.stopped:
             # play: the emulators of one half run while the policy computes for the other
             torch.set_num_threads(1)  # several wait for each other too long on cores that emulators use
@@ -935,9 +936,8 @@ class AtariVector:
     def _fail(self, i: int) -> None:
         worker = self.workers[i]
         worker.join(timeout=5)
-        name = (
-            f"environment worker {i} (process {worker.pid}, environments {self.bounds[i]} to {self.bounds[i + 1] - 1})"
-        )
+        games = f"environments {self.bounds[i]} to {self.bounds[i + 1] - 1}"
+        name = f"environment worker {i} (process {worker.pid}, {games})"
         sys.exit(f"error: {name} died with exit code {worker.exitcode}: go on from the last checkpoint with --resume")
 
 
@@ -1669,8 +1669,10 @@ class Means:
         return self.sums
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.sums = {name: torch.zeros(2, device=self.device) for name in state.keys()}
-        fill(self.sums, state)
+        self.sums = {}
+        for name, saved in state.items():
+            self.sums[name] = torch.zeros(2, device=self.device)
+            fill(self.sums[name], saved)
 
 
 def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
@@ -1758,7 +1760,6 @@ class Run:
         self.stopped = False  # whether any rank has one
         hidden = True if RANK else None
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=hidden)
-        self.speaks = self.bar.disable and RANK == 0
         self.clock = self.spoken = time.perf_counter()
         self.clock_step = global_step
         return global_step
@@ -1829,7 +1830,7 @@ class Run:
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
-        if self.speaks and now > self.spoken + 60:
+        if self.bar.disable and now > self.spoken + 60:
             self.spoken = now
             self.say_progress(shown, global_step)
         self.clock = now
@@ -1840,10 +1841,12 @@ class Run:
         self.stopped = any(gather(self.stop_signals))
 
     def say_progress(self, shown: dict[str, float], global_step: int) -> None:
-        """A line in a log that has no progress bar."""
+        """A line of rank 0 in a log that has no progress bar."""
+        if RANK > 0:
+            return
         hours = (self.args.total_timesteps - global_step) / shown["SPS"] / 3600
         figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left")
+        say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left at this speed")
 
     def finish(self, global_step: int) -> None:
         """Saves what the run has come to and, after its last step, the model, and plays the last evaluation."""
@@ -1862,17 +1865,15 @@ class Run:
             self.exit_code = 128 + signals[0]
             if RANK == 0:
                 say(how_to_go_on(self.args, self.run_dir, global_step, self.saved_step))
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error) -> None:
+    def close(self) -> None:
+        """Ends what ``start`` has begun; waits for W&B's upload."""
         self.bar.close()
         if RANK == 0:
             os.close(self.folder)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
-        if WORLD_SIZE > 1 and error[0] is None:
-            dist.destroy_process_group()
 
 
 def multiples(frequency: int, before: int, now: int) -> int:

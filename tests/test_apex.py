@@ -14,13 +14,13 @@ from apex_dqn_atari import (
     BAR,
     CHOSEN,
     CHUNK,
-    CUT,
     GREEDY,
     HISTORY,
     PRIORITY_EPS,
     SIZE,
     STACK,
     TERMINATED,
+    TRUNCATED,
     Actor,
     Agent,
     Args,
@@ -57,7 +57,7 @@ def test_n_step_returns_equal_the_direct_sum(n_step):
     """Random rewards with both kinds of ending, often several within n steps, one transition after another."""
     rng, steps, envs, gamma = np.random.default_rng(n_step), 400, 5, 0.9
     rewards = rng.integers(-1, 2, (steps, envs)).astype(np.float32)
-    ends = rng.choice([0, TERMINATED, CUT], (steps, envs), p=[0.8, 0.12, 0.08]).astype(np.uint8)
+    ends = rng.choice([0, TERMINATED, TRUNCATED], (steps, envs), p=[0.8, 0.12, 0.08]).astype(np.uint8)
     returns, discounts, valid = n_step_returns(rewards, ends, n_step, gamma)
     assert returns.shape == discounts.shape == valid.shape == (steps - n_step, envs)
     assert returns.dtype == discounts.dtype == np.float32

@@ -4,6 +4,7 @@ import copy
 import platform
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -216,15 +217,15 @@ def test_log_without_a_progress_bar_has_a_line_a_minute(monkeypatch, tmp_path, c
     monkeypatch.setattr(dqn_atari, "catch_signals", list)
     run = dqn_atari.Run(args, tmp_path, make_agent(), {})
     run.start(None)
-    with run:
+    with closing(run):
         for step in range(1000, 7000, 1000):
             clock[0] += 25
             run.log({"charts/epsilon": 0.5}, step)
     lines = capsys.readouterr().out.splitlines()
     figures = "SPS 40, epsilon 0.5, return nan"
     assert lines == [
-        f"step 3,000 of 100,000: {figures}, 0.7 hours left",
-        f"step 6,000 of 100,000: {figures}, 0.7 hours left",
+        f"step 3,000 of 100,000: {figures}, 0.7 hours left at this speed",
+        f"step 6,000 of 100,000: {figures}, 0.7 hours left at this speed",
     ]
 
 
@@ -238,7 +239,7 @@ def test_time_of_checkpoints_and_evaluations_is_no_part_of_the_speed(monkeypatch
     run = dqn_atari.Run(Args(wandb_mode="disabled"), tmp_path, make_agent(), {})
     run.start(None)
     run.tracker.log = lambda metrics, global_step: logged.append(metrics["charts/SPS"])
-    with run:
+    with closing(run):
         clock[0] += 10
         run.evaluate(1000)
         run.save_checkpoint(1000)
