@@ -149,8 +149,8 @@ class EvaluationFlags:
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
     """longest video in steps, 15 a second; 4500 are 5 minutes"""
-    eval_frequency: int = 500_000
-    """steps from one evaluation to the next; 0 evaluates only at the end"""
+    eval_frequency: int = 1_000_000
+    """steps from one evaluation to the next, the first after a tenth of that; 0 evaluates only at the end"""
     eval_episodes: int = 5
     """games played in an evaluation"""
     eval_epsilon: float = 0.01
@@ -185,8 +185,8 @@ class RunFlags:
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
     """folder in which each run gets a folder of its own"""
-    checkpoint_frequency: int = 500_000
-    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    checkpoint_minutes: float = 15
+    """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
     """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
 
@@ -513,10 +513,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             if passed(LOG_FREQUENCY):
                 charts = {"charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate}
                 run.log(charts, global_step)
-            if passed(args.checkpoint_frequency):
-                run.save_checkpoint(global_step)
-            if passed(args.eval_frequency) and global_step < args.total_timesteps:
-                run.evaluate(global_step)
+            run.save_and_evaluate(global_step)
         run.finish(global_step)
     return run.exit_code
 
@@ -1696,8 +1693,8 @@ class Run:
         self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
         self.stop_signals = catch_signals()
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
-        self.clock = self.spoken = time.perf_counter()
-        self.clock_step = global_step
+        self.clock = self.spoken = self.checkpoint_time = time.perf_counter()
+        self.clock_step = self.evaluated_step = global_step
         return global_step
 
     def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
@@ -1734,6 +1731,28 @@ class Run:
                 contents[name] = part.state_dict()
             if save(self.run_dir / "checkpoint.pt", contents):
                 self.saved_step = global_step
+
+    def save_and_evaluate(self, global_step: int) -> None:
+        """Does each when it is due; in the last step ``finish`` does."""
+        if global_step >= self.args.total_timesteps:
+            return
+        if self.checkpoint_is_due():
+            self.save_checkpoint(global_step)
+            self.checkpoint_time = time.perf_counter()  # of one that failed as well
+        if self.evaluation_is_due(global_step):
+            self.evaluate(global_step)
+
+    def checkpoint_is_due(self) -> bool:
+        minutes = (time.perf_counter() - self.checkpoint_time) / 60
+        return 0 < self.args.checkpoint_minutes < minutes
+
+    def evaluation_is_due(self, global_step: int) -> bool:
+        """Whether a multiple of the frequency, or a tenth of it, was reached since the last call."""
+        before = self.evaluated_step
+        self.evaluated_step = global_step
+        frequency = self.args.eval_frequency
+        is_first = before < frequency // 10 <= global_step
+        return is_first or multiples(frequency, before, global_step) > 0
 
     def evaluate(self, global_step: int) -> None:
         with self.uncounted():
@@ -2139,7 +2158,7 @@ COMMON_RANGES = {
     "eval_epsilon": (0, 1),
     "seed": (0, 2**31),
     "total_timesteps": (1, 10**12),
-    "checkpoint_frequency": (0, 10**12),
+    "checkpoint_minutes": (0, 10**6),
 }
 
 

@@ -154,8 +154,8 @@ class EvaluationFlags:
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
     """longest video in steps, 15 a second; 4500 are 5 minutes"""
-    eval_frequency: int = 500_000
-    """steps from one evaluation to the next; 0 evaluates only at the end"""
+    eval_frequency: int = 1_000_000
+    """steps from one evaluation to the next, the first after a tenth of that; 0 evaluates only at the end"""
     eval_episodes: int = 5
     """games played in an evaluation"""
     eval_epsilon: float = 0.0
@@ -190,8 +190,8 @@ class RunFlags:
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
     """folder in which each run gets a folder of its own"""
-    checkpoint_frequency: int = 500_000
-    """steps from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
+    checkpoint_minutes: float = 15
+    """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
     """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
 
@@ -474,10 +474,6 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
         rollout.observations[step + 1, half.columns] = upload(observations, device)
         return [game | {"global_step": global_step + (step + 1) * args.num_envs} for game in games]
 
-    def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` the last iteration has reached."""
-        return multiples(frequency, global_step - steps_per_iteration, global_step)
-
     with closing(run), closing(envs):
         while global_step < args.total_timesteps and not run.stopped:
             # play: the emulators of one half run while the policy computes for the other
@@ -515,16 +511,13 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
             # log, save, evaluate
             run.log_games(games, global_step)
-            if passed(LOG_FREQUENCY):
+            if multiples(LOG_FREQUENCY, global_step - steps_per_iteration, global_step):
                 explained = explained_variance(rollout.values[:-1], rollout.returns)
                 charts = {"charts/learning_rate": agent.learning_rate.item()}
                 charts["losses/explained_variance"] = explained
                 average_metrics(agent.metrics)
                 run.log(charts, global_step)
-            if passed(args.checkpoint_frequency):
-                run.save_checkpoint(global_step)
-            if passed(args.eval_frequency) and global_step < args.total_timesteps:
-                run.evaluate(global_step)
+            run.save_and_evaluate(global_step)
             run.hear_all_ranks()
         run.finish(global_step)
     return run.exit_code
@@ -1760,8 +1753,8 @@ class Run:
         self.stopped = False  # whether any rank has one
         hidden = True if RANK else None
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=hidden)
-        self.clock = self.spoken = time.perf_counter()
-        self.clock_step = global_step
+        self.clock = self.spoken = self.checkpoint_time = time.perf_counter()
+        self.clock_step = self.evaluated_step = global_step
         return global_step
 
     def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
@@ -1799,6 +1792,29 @@ class Run:
                 contents["ranks"] = ranks
                 if save(self.run_dir / "checkpoint.pt", contents):
                     self.saved_step = global_step
+
+    def save_and_evaluate(self, global_step: int) -> None:
+        """Does each when it is due; in the last step ``finish`` does."""
+        if global_step >= self.args.total_timesteps:
+            return
+        if self.checkpoint_is_due():
+            self.save_checkpoint(global_step)
+            self.checkpoint_time = time.perf_counter()  # of one that failed as well
+        if self.evaluation_is_due(global_step):
+            self.evaluate(global_step)
+
+    def checkpoint_is_due(self) -> bool:
+        """By rank 0's clock."""
+        minutes = (time.perf_counter() - self.checkpoint_time) / 60
+        return gather(0 < self.args.checkpoint_minutes < minutes)[0]
+
+    def evaluation_is_due(self, global_step: int) -> bool:
+        """Whether a multiple of the frequency, or a tenth of it, was reached since the last call."""
+        before = self.evaluated_step
+        self.evaluated_step = global_step
+        frequency = self.args.eval_frequency
+        is_first = before < frequency // 10 <= global_step
+        return is_first or multiples(frequency, before, global_step) > 0
 
     def evaluate(self, global_step: int) -> None:
         if RANK == 0:
@@ -2224,7 +2240,7 @@ COMMON_RANGES = {
     "eval_epsilon": (0, 1),
     "seed": (0, 2**31),
     "total_timesteps": (1, 10**12),
-    "checkpoint_frequency": (0, 10**12),
+    "checkpoint_minutes": (0, 10**6),
 }
 
 

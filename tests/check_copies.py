@@ -46,8 +46,8 @@ OWN = {
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS check_args EvaluationFlags.eval_epsilon"
     " AlgorithmFlags.learning_rate AlgorithmFlags.max_grad_norm"
     " OUTCOME EnvSlice.step AtariVector.reset"
-    " Run.start Run.load_checkpoint Run.save_checkpoint Run.evaluate Run.log_games Run.say_progress Run.finish"
-    " Run.close"
+    " Run.start Run.load_checkpoint Run.save_checkpoint Run.checkpoint_is_due Run.evaluate"
+    " Run.log_games Run.say_progress Run.finish Run.close"
     " Agent Overlay.new_game Overlay.note Overlay.render Overlay.draw_trace model evaluate train play main",
 }
 OWN = {script: set(names.split()) for script, names in OWN.items()}

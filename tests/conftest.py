@@ -5,6 +5,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 for variable in ("WANDB_API_KEY", "WANDB_MODE"):
@@ -14,3 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # processes that share cores and have sever
 # a suite that nohup or a script has put into the background ignores these, and so would the runs that it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, lambda *_: None)  # in a run that is started: what the system does by default
+
+
+def pytest_collection_modifyitems(items):
+    import torch  # not before OMP_NUM_THREADS is set
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

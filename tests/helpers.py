@@ -21,6 +21,7 @@ IN_BFLOAT16 = pytest.param(
     "bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a CPU with bfloat16 instructions")
 )
 SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1 --device cpu"
+OFTEN = " --checkpoint-minutes 0.001"  # many checkpoints a second
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
@@ -39,6 +40,12 @@ def run(folder: Path, flags: str, script="dqn_atari.py", **options) -> subproces
 def run_folder(folder: Path) -> Path:
     (found,) = (folder / "runs").iterdir()
     return found
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the checkpoint of the run in ``folder``; 0 while there is none."""
+    checkpoints = list(folder.glob("runs/*/checkpoint.pt"))
+    return torch.load(checkpoints[0], weights_only=True, mmap=True)["global_step"] if checkpoints else 0
 
 
 def wait_for(condition, process: subprocess.Popen, seconds=240):

@@ -951,7 +951,7 @@ def test_trace_is_the_value():
 # --------------------------------------------------------------------------------------------------------- CUDA
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_captured_learning_equals_plain_learning(monkeypatch):
     """Sampling, update and priorities in one graph: parameters and priorities agree within float32 rounding."""
     device, results = torch.device("cuda"), []

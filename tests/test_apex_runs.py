@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import run, run_folder, start, wait_for, wandb_records
+from helpers import OFTEN, run, run_folder, start, wait_for, wandb_records
 
 from apex_dqn_atari import CHUNK
 
@@ -103,7 +103,7 @@ def test_age_of_the_weights(finished):
 def test_killed_actor_and_raylet(tmp_path):
     """kill -9 of an actor: Ray starts it again, and the run goes on; of Ray's raylet: one sentence, nothing is left."""
     flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    process = start(tmp_path, flags + " --total-timesteps 1000000 --checkpoint-frequency 1000", "apex_dqn_atari.py")
+    process = start(tmp_path, flags + " --total-timesteps 1000000" + OFTEN, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path), process)
     started = descendants(process.pid)
     actors, before = actor_processes(process.pid), stored(tmp_path)
@@ -137,7 +137,7 @@ def test_actor_that_raises_ends_the_run_with_its_traceback(tmp_path):
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGINT, -2), (signal.SIGTERM, -15), (signal.SIGKILL, -9)])
 def test_stopped_learner_resumes(tmp_path, number, exit_code):
     """Signalled as a terminal or a job scheduler does, or killed: the replay, its priorities and counters go on."""
-    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 100000 --checkpoint-frequency 1000", "apex_dqn_atari.py")
+    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 100000" + OFTEN, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
     before = descendants(process.pid)
     assert len(actor_processes(process.pid)) == 1
@@ -204,7 +204,7 @@ def test_cluster_of_two_nodes_loses_one(tmp_path, cluster):
     address, start_node = cluster
     node = start_node(f"--address {address}")
     flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    flags += f" --total-timesteps 1000000 --steps-per-update 20 --checkpoint-frequency 1000 --ray-address {address}"
+    flags += f" --total-timesteps 1000000 --steps-per-update 20 --ray-address {address}" + OFTEN
     process = start(tmp_path, flags, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and min(stored(tmp_path)) > 300, process)
     os.kill(node, signal.SIGKILL)
@@ -233,7 +233,7 @@ def test_small_buffer_is_one_sentence(tmp_path):
     assert result.returncode == 1 and "error: --buffer-size 200 is too small" in result.stderr
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("replay_device", ["cuda", "cpu"])
 def test_training_runs_and_resumes_on_cuda(tmp_path, replay_device):
     flags = NO_EXTRAS + f" --device cuda --replay-device {replay_device} --total-timesteps 3000"

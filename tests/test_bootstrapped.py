@@ -687,10 +687,8 @@ def test_traces_follow_value_and_disagreement_and_mark_rewards():
 
 # -------------------------------------------------------------------------------------------------------- CUDA
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_captured_update_equals_plain_update(precision):
     device = torch.device("cuda")
@@ -708,7 +706,7 @@ def test_captured_update_equals_plain_update(precision):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_captured_acting_follows_the_heads():
     device = torch.device("cuda")
     agent = make_agent(4, device)
@@ -722,7 +720,7 @@ def test_captured_acting_follows_the_heads():
     assert torch.bincount(act(observations, epsilon, heads), minlength=4).min() > 20
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_captured_sampling_returns_the_stored_masks():
     replay = Replay(200, 2, torch.device("cuda"), 9, 0.5)
     zeros = torch.zeros(2, device=replay.device)

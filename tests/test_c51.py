@@ -535,7 +535,7 @@ def test_the_end_of_a_game_has_no_distributions():
 # ------------------------------------------------------------------------------------------------------- CUDA
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_captured_update_equals_plain_update(precision):
     """100 updates on the same batches: parameters and metrics agree within float32 rounding."""
@@ -553,7 +553,7 @@ def test_captured_update_equals_plain_update(precision):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_projection_and_means_are_float32_on_cuda():
     """Also where matrix products are TF32, as ``train`` sets them, whose rounding is a thousandth."""
     precision = torch.get_float32_matmul_precision()
@@ -569,7 +569,7 @@ def test_projection_and_means_are_float32_on_cuda():
         torch.set_float32_matmul_precision(precision)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_captured_acting_follows_epsilon():
     agent = make_agent(4, torch.device("cuda"))
     observations = random_batch(200)[0].cuda()

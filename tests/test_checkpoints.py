@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import NO_EXTRAS, run, run_folder, start, wait_for
+from helpers import NO_EXTRAS, OFTEN, run, run_folder, start, wait_for
 
 import apex_dqn_atari
 import dqn_atari
@@ -303,7 +303,7 @@ def test_failed_start_leaves_no_folder(tmp_path, monkeypatch):
 
 
 def test_second_process_is_refused_and_the_lock_dies_with_the_first(tmp_path):
-    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 1000000 --checkpoint-frequency 400 --num-workers 2")
+    process = start(tmp_path, NO_EXTRAS + OFTEN + " --total-timesteps 1000000 --num-workers 2")
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
     folder = run_folder(tmp_path)
     result = run(tmp_path, f"--resume {folder} --wandb-mode disabled")
@@ -384,7 +384,7 @@ def test_checkpoint_stands_before_the_evaluation_of_its_step(script, tmp_path, m
     """What breaks in an evaluation costs nothing: not in the middle of a run, and not at its end."""
     module = importlib.import_module(script)
     flags = FLAGS + (ON_POLICY if script == "ppo_atari" else OFF_POLICY)
-    flags = flags.replace("--eval-frequency 0", "--eval-frequency 40 --checkpoint-frequency 40")
+    flags = flags.replace("--eval-frequency 0", "--eval-frequency 400 --checkpoint-minutes 1e-9")
 
     def broken(*args, **kwargs):
         raise ArithmeticError

@@ -10,27 +10,29 @@ import torch
 from conftest import ROOT
 from helpers import (
     NO_EXTRAS,
+    OFTEN,
     SHORT,
     assert_group_is_gone,
     children,
     read_video,
     run,
     run_folder,
+    saved_step,
     start,
     wait_for,
     wandb_records,
 )
 
-from dqn_atari import Agent, Args, train
+from dqn_atari import Agent, Args, Run, train
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """One run with everything on: 2,400 steps, evaluated twice."""
+    """One run with everything on: 2,400 steps, evaluated at 120, at 1,200 and at the end."""
     folder = tmp_path_factory.mktemp("recorded")
-    result = run(folder, SHORT + " --total-timesteps 2400 --eval-frequency 1200 --checkpoint-frequency 1200 --seed 3")
+    result = run(folder, SHORT + " --total-timesteps 2400 --eval-frequency 1200 --seed 3")
     assert result.returncode == 0, result.stderr
     return folder, result
 
@@ -40,7 +42,7 @@ def test_run_leaves_its_files(recorded):
     files = run_folder(folder)
     assert files.name.startswith("Breakout__dqn_atari__3__")
     names = {str(path.relative_to(files)) for path in files.rglob("*") if path.is_file()}
-    assert names == {"checkpoint.pt", "model.pt", "videos/0000001200.mp4", "videos/0000002400.mp4"}
+    assert names == {"checkpoint.pt", "model.pt", *(f"videos/000000{step}.mp4" for step in ("0120", "1200", "2400"))}
     assert "wandb leet" in result.stdout and "wandb sync" in result.stdout
     assert "step 2,400: return" in result.stdout
     assert "it/s" not in result.stderr and "step/s" not in result.stderr  # no progress bar where there is no terminal
@@ -107,7 +109,7 @@ def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
 
 # ---------------------------------------------------------------------------------------- kill and resume
 
-INTERRUPTED = NO_EXTRAS + " --total-timesteps 3200 --checkpoint-frequency 800"
+INTERRUPTED = NO_EXTRAS + OFTEN + " --total-timesteps 3200"
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +121,9 @@ def uninterrupted_model(tmp_path_factory):
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, -2)])
 def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, exit_code):
-    """Stopped after the first checkpoint, with the replay wrapped round and lives lost; ended by ``--resume``."""
+    """Stopped with the replay wrapped round and lives lost; ended by ``--resume``."""
     process = start(tmp_path, INTERRUPTED)
-    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
-    time.sleep(0.5)
+    wait_for(lambda: saved_step(tmp_path) > 1200, process)
     if number == signal.SIGKILL:
         process.kill()
     else:
@@ -135,8 +136,7 @@ def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, e
     folder = run_folder(tmp_path)
     assert not (folder / "model.pt").exists()
     if number != signal.SIGKILL:
-        assert "--resume" in stdout
-        assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] % 800 != 0
+        assert f"stopped at step {saved_step(tmp_path):,}; go on with" in stdout
     result = run(tmp_path, f"--resume {folder} --wandb-mode disabled")
     assert result.returncode == 0, result.stderr
     assert (folder / "model.pt").read_bytes() == uninterrupted_model
@@ -152,7 +152,7 @@ def test_resume_goes_on_with_the_same_wandb_run(tmp_path):
 
 
 def test_killed_worker_ends_the_run(tmp_path):
-    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 1000000 --num-workers 2 --checkpoint-frequency 800")
+    process = start(tmp_path, NO_EXTRAS + OFTEN + " --total-timesteps 1000000 --num-workers 2")
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), process)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=15)
@@ -195,11 +195,12 @@ def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypa
     monkeypatch.setattr(Agent, "update", diverge)
     args = Args(env_id="Breakout", num_envs=4, num_workers=0, learning_starts=400, buffer_size=1000)
     args.precision = "float32"
-    args.total_timesteps, args.checkpoint_frequency, args.wandb_mode = 3000, 450, "disabled"
+    args.total_timesteps, args.wandb_mode = 3000, "disabled"
+    monkeypatch.setattr(Run, "checkpoint_is_due", lambda run: len(updates) in (12, 25))
     with pytest.raises(SystemExit, match="error: td_loss became nan"):
         train(args, torch.device("cpu"), tmp_path, None)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] == 452 and 20 < len(updates) < 200
+    assert checkpoint["global_step"] == 448 and len(updates) == 25
     assert all(value.isfinite().all() for value in checkpoint["agent"]["q_network"].values())
 
 

@@ -8,7 +8,7 @@ from helpers import random_batch
 
 from dqn_atari import SIZE, Agent, Args, CudaGraph, Replay, find_replay_device
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_training_runs_and_resumes(tmp_path, replay_device):
     """The command line on CUDA, stopped and resumed, with the replay on the GPU and in main memory."""
     from test_command_line import run
 
-    flags = "--env-id Pong --total-timesteps 2000 --learning-starts 400 --buffer-size 1500 --checkpoint-frequency 1000"
+    flags = "--env-id Pong --total-timesteps 2000 --learning-starts 400 --buffer-size 1500"
     flags += f" --device cuda --replay-device {replay_device} --eval-episodes 1 --no-capture-video"
     flags += " --wandb-mode disabled"
     assert run(tmp_path, flags).returncode == 0

@@ -13,6 +13,7 @@ from conftest import ROOT
 from helpers import IN_BFLOAT16, random_batch, state_frame
 
 import dqn_atari
+import ppo_atari
 from dqn_atari import Agent, Args, Means, QNetwork, Replay, linear_schedule, multiples
 
 CPU = torch.device("cpu")
@@ -245,3 +246,47 @@ def test_time_of_checkpoints_and_evaluations_is_no_part_of_the_speed(monkeypatch
         run.save_checkpoint(1000)
         run.log({}, 1000)
     assert logged == [100]
+
+
+@pytest.mark.parametrize(
+    "frequency, start, expected",
+    [
+        (1000, 0, [100, 1000, 2000]),
+        (1000, 100, [1000, 2000]),  # resumed right after the first
+        (1000, 1996, [2000]),
+        (7, 2380, [2388, 2396]),  # the multiples 2387 and 2394 lie between steps of 4 games
+        (0, 0, []),
+    ],
+)
+def test_evaluations_come_after_a_tenth_and_at_multiples(monkeypatch, tmp_path, frequency, start, expected):
+    args = Args(wandb_mode="disabled", total_timesteps=2400, eval_frequency=frequency, checkpoint_minutes=0)
+    run = dqn_atari.Run(args, tmp_path, make_agent(), {})
+    run.checkpoint_time, run.evaluated_step = 0.0, start
+    evaluated = []
+    monkeypatch.setattr(run, "evaluate", evaluated.append)
+    for step in range(start + 4, 2404, 4):
+        run.save_and_evaluate(step)
+    assert evaluated == expected
+
+
+@pytest.mark.parametrize("module", [dqn_atari, ppo_atari])
+def test_checkpoints_come_by_the_clock(monkeypatch, module):
+    """15 minutes after the end of the last one, which may have failed; in the last step it is the end that saves."""
+    clock, saved = [0.0], []
+
+    def save(step):
+        saved.append((step, clock[0]))
+        clock[0] += 100
+
+    run = module.Run(module.Args(total_timesteps=4000, eval_frequency=0), None, None, {})
+    run.checkpoint_time = run.evaluated_step = 0
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run, "save_checkpoint", save)
+    for step in range(1000, 5000, 1000):
+        clock[0] += 500
+        run.save_and_evaluate(step)
+    assert saved == [(2000, 1000)]
+    clock[0] += 1000
+    run.args.checkpoint_minutes = 0
+    run.save_and_evaluate(2000)
+    assert len(saved) == 1

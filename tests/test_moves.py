@@ -250,7 +250,7 @@ def test_devices_are_those_of_the_machine(monkeypatch):
                     dqn_atari.find_device(name)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_agent_moves_to_a_gpu_and_back(tmp_path, script):
     """On a real one, in a captured step, which refuses the options of a CPU's optimizer."""

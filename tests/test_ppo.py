@@ -490,7 +490,7 @@ def test_policy_and_values_converge(precision):
     np.testing.assert_allclose(values.numpy(), optimal, atol=0.03)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_captured_update_equals_plain_update(precision):
     """50 updates at a changing learning rate: parameters and sums of metrics agree within rounding."""
@@ -517,7 +517,7 @@ def test_captured_update_equals_plain_update(precision):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_captured_acting_draws_anew():
     """Each replay draws other actions, in the frequencies of the policy; advantages come out as without a graph."""
     device = torch.device("cuda")
@@ -748,7 +748,7 @@ def test_two_ranks_learn_as_one_process(tmp_path):
 
 
 RANKS = "--env-id Breakout --num-envs 2 --num-steps 100 --num-minibatches 2 --update-epochs 1 --total-timesteps 1200"
-RANKS += " --device cpu --checkpoint-frequency 400 --eval-frequency 0 --eval-episodes 1 --no-capture-video"
+RANKS += " --device cpu --checkpoint-minutes 0.001 --eval-frequency 0 --eval-episodes 1 --no-capture-video"
 RANKS += " --wandb-mode disabled"
 
 

@@ -91,7 +91,7 @@ def test_lines_come_through_as_soon_as_they_can(monkeypatch):
 def test_run_without_standard_streams(tmp_path):
     """All closed: /dev/null takes their numbers, which checkpoints or sockets would else have; with W&B and video."""
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, ROOT / "dqn_atari.py", *SHORT.split()]
-    command += "--total-timesteps 1000000 --eval-frequency 800 --video-length 5 --checkpoint-frequency 800".split()
+    command += "--total-timesteps 1000000 --eval-frequency 800 --video-length 5 --checkpoint-minutes 0.001".split()
     process = subprocess.Popen(command, cwd=tmp_path)
     wait_for(lambda: list(tmp_path.glob("runs/*/videos/*.mp4")), process)  # a checkpoint stands before it
     assert [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
@@ -120,7 +120,7 @@ def start_on_terminal(command: list, folder, prepare=lambda: None) -> tuple[subp
 
 
 DQN = [sys.executable, str(ROOT / "dqn_atari.py"), *NO_EXTRAS.split()]
-ENDLESS = "--total-timesteps 1000000 --checkpoint-frequency 800".split()
+ENDLESS = "--total-timesteps 1000000 --checkpoint-minutes 0.05".split()
 
 
 def test_closed_terminal_stops_the_run_after_a_checkpoint(tmp_path):

@@ -52,7 +52,6 @@ from dqn_atari_visual import (
 
 CPU = torch.device("cpu")
 UNRECORDED = Tracker(Args(wandb_mode="disabled"), Path("run"))
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
 
 
@@ -167,7 +166,7 @@ def test_saliency_leaves_gradients_and_parameters_alone(method):
         assert torch.equal(value, parameter) and torch.equal(gradient, parameter.grad)
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", SALIENCY)
 def test_saliency_on_cuda_equals_the_cpu(method, monkeypatch):
     """Also between the replays of a captured update, which goes on as it does without."""
@@ -253,7 +252,7 @@ def test_histories_are_bounded():
     assert len(env.steps) == TRACE_STEPS and env.steps[-1].action == (3 * TRACE_STEPS - 1) % 18
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.slow
 def test_evaluation_leaves_no_trace(tmp_path, device):
     """Random states, gradients, parameters and optimizer are what they were."""

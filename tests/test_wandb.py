@@ -357,7 +357,7 @@ def test_script_with_an_odd_name_is_killed_moved_and_resumed_from_inside(server,
     script = tmp_path / "my dqn (1).py"
     shutil.copy(ROOT / "dqn_atari.py", script)
     environment = server.environment(tmp_path / "home") | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
-    flags = SHORT + " --total-timesteps 1000000 --batch-size 4 --train-frequency 40 --checkpoint-frequency 400"
+    flags = SHORT + " --total-timesteps 1000000 --batch-size 4 --train-frequency 40 --checkpoint-minutes 0.01"
     flags += " --eval-frequency 600 --video-length 5 --wandb-project-name a/b"
     process = start(tmp_path, flags, script, env=environment)
     wait_for(lambda: any(run.history for run in server.runs.values()), process)

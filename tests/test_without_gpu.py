@@ -22,7 +22,7 @@ import dqn_atari
 pytestmark = pytest.mark.slow
 
 FLAGS = (
-    "--env-id Pong --seed 3 --max-episode-frames 80 --precision float32 --checkpoint-frequency 0"
+    "--env-id Pong --seed 3 --max-episode-frames 80 --precision float32 --checkpoint-minutes 0"
     " --eval-frequency 0 --eval-episodes 1 --video-length 2"
 )
 DQN = (

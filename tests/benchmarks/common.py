@@ -44,7 +44,7 @@ def script_metrics(script: str, flags: str, first_step: int, steps: int) -> list
     """
     with tempfile.TemporaryDirectory() as folder:
         flags += f" --env-id Breakout --total-timesteps {first_step + steps} --eval-episodes 1 --eval-frequency 0"
-        flags += " --no-capture-video --checkpoint-frequency 0 --wandb-mode offline"
+        flags += " --no-capture-video --checkpoint-minutes 0 --wandb-mode offline"
         run([sys.executable, ROOT / script, *flags.split()], folder)
         (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
         lines = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", file], folder).splitlines()
