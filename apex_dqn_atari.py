@@ -667,7 +667,6 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             if passed(LOG_FREQUENCY):
                 charts = {
                     "charts/updates_per_second": (agent.updates - logged_updates) / (time.perf_counter() - run.clock),
-                    "charts/learning_rate": args.learning_rate,
                     "charts/replay_size": replay.size,
                     "charts/weights_age": np.mean(weights_ages),
                     "charts/actors_waiting": np.mean(waiting),
@@ -1303,6 +1302,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
     game.recording = recorder.active
     episodes = []
+    progress = tqdm(total=args.eval_episodes, desc="evaluating", unit="game", leave=False, disable=None)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while len(episodes) < args.eval_episodes and not stopped():
         thoughts, action = agent.think(upload(observation, agent.device))
@@ -1315,10 +1315,12 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
             recorder.write(env)
             recorder.close()
             episodes.append(info["episode"])
+            progress.update()
         game.recording = recorder.active
         if terminated or truncated:
             observation, _ = env.reset()
     recorder.close()
+    progress.close()
     if len(episodes) < args.eval_episodes:
         return
     returns = [episode["r"] for episode in episodes]

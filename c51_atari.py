@@ -511,8 +511,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             # log, save, evaluate
             run.log_games(games, global_step)
             if passed(LOG_FREQUENCY):
-                charts = {"charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate}
-                run.log(charts, global_step)
+                run.log({"charts/epsilon": epsilon.item()}, global_step)
             run.save_and_evaluate(global_step)
         run.finish(global_step)
     return run.exit_code
@@ -1263,6 +1262,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
     game.recording = recorder.active
     episodes = []
+    progress = tqdm(total=args.eval_episodes, desc="evaluating", unit="game", leave=False, disable=None)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while len(episodes) < args.eval_episodes and not stopped():
         thoughts, action = agent.think(upload(observation, agent.device))
@@ -1275,10 +1275,12 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
             recorder.write(env)
             recorder.close()
             episodes.append(info["episode"])
+            progress.update()
         game.recording = recorder.active
         if terminated or truncated:
             observation, _ = env.reset()
     recorder.close()
+    progress.close()
     if len(episodes) < args.eval_episodes:
         return
     returns = [episode["r"] for episode in episodes]

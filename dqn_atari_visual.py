@@ -440,8 +440,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             # log, save, evaluate
             run.log_games(games, global_step)
             if passed(LOG_FREQUENCY):
-                charts = {"charts/epsilon": epsilon.item(), "charts/learning_rate": args.learning_rate}
-                run.log(charts, global_step)
+                run.log({"charts/epsilon": epsilon.item()}, global_step)
             run.save_and_evaluate(global_step)
         run.finish(global_step)
     return run.exit_code
@@ -1475,6 +1474,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     action_counts = np.zeros(num_actions, np.int64)
     # one array for all: a queue of small ones, made and freed among large buffers, lets the heap grow without end
     last_q_values = np.full((HISTOGRAM_STATES, num_actions), np.nan, np.float32)
+    progress = tqdm(total=args.eval_episodes, desc="evaluating", unit="game", leave=False, disable=None)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while len(episodes) < args.eval_episodes and not stopped():
         observation = upload(observation, agent.device)
@@ -1495,10 +1495,12 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
             recorder.write(env)
             recorder.close()
             episodes.append(info["episode"])
+            progress.update()
         game.recording = recorder.active
         if terminated or truncated:
             observation, _ = env.reset()
     recorder.close()
+    progress.close()
     if len(episodes) < args.eval_episodes:
         return
     returns = [episode["r"] for episode in episodes]

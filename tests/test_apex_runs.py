@@ -169,7 +169,7 @@ def test_charts_tell_greediest_from_explorers(finished):
     kinds = [("charts/episodic_return_greediest" in game, "charts/episodic_return_explorers" in game) for game in games]
     assert (False, False) not in kinds and any(explorers for _, explorers in kinds)
     charts = [item for item in items if "charts/SPS" in item]
-    names = {"updates_per_second", "replay_size", "weights_age", "actors_waiting", "learning_rate"}
+    names = {"updates_per_second", "replay_size", "weights_age", "actors_waiting"}
     assert all({f"charts/{name}" for name in names} <= set(item) for item in charts)
     assert [item["charts/replay_size"] for item in charts] == [min(item["global_step"], 1000) for item in charts]
     assert "losses/abs_td_error" in charts[-1] and charts[-1]["charts/updates_per_second"] > 0
