@@ -276,7 +276,7 @@ def test_checkpoints_come_by_the_clock(monkeypatch, module):
 
     def save(step):
         saved.append((step, clock[0]))
-        clock[0] += 100
+        clock[0] += 450
 
     run = module.Run(module.Args(total_timesteps=4000, eval_frequency=0), None, None, {})
     run.checkpoint_time = run.evaluated_step = 0
