@@ -68,6 +68,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
 
@@ -961,6 +962,9 @@ def start_ray(args: Args) -> None:
         settle_num_actors(args, count_cores())
         options |= local_ray_options(args)
         problem = "Ray cannot start"
+        # A signal to all processes of a terminal or job must not end Ray before the learner has saved.
+        services = ray._private.services
+        services.ConsolePopen = partial(services.ConsolePopen, start_new_session=True)
     else:
         problem = f"--ray-address {args.ray_address} is no running cluster of this RAY_AUTH_TOKEN"
         problem += " (ray start --head starts one)"
@@ -1033,8 +1037,8 @@ TRACE_STEPS = 150  # 10 seconds of play
 TRACE_SPAN = 0.01  # the least that a trace spans, so that noise does not fill it
 BAR_SPAN = 1e-5  # the least that a full bar stands for: below lie rounding errors
 if not hasattr(cv2, "FontFace"):  # OpenCV 4 was installed over OpenCV 5
-    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: pip uninstall opencv-python,"
-             " then pip install --force-reinstall --no-deps opencv-python-headless")  # fmt: skip
+    advice = "pip uninstall opencv-python, then pip install --force-reinstall --no-deps opencv-python-headless"
+    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: {advice}")
 FONT = cv2.FontFace("sans")
 
 

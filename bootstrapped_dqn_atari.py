@@ -1002,8 +1002,8 @@ TRACE_STEPS = 150  # 10 seconds of play
 TRACE_SPAN = 0.01  # the least that a trace spans, so that noise does not fill it
 BAR_SPAN = 1e-5  # the least that a full bar stands for: below lie rounding errors
 if not hasattr(cv2, "FontFace"):  # OpenCV 4 was installed over OpenCV 5
-    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: pip uninstall opencv-python,"
-             " then pip install --force-reinstall --no-deps opencv-python-headless")  # fmt: skip
+    advice = "pip uninstall opencv-python, then pip install --force-reinstall --no-deps opencv-python-headless"
+    sys.exit(f"error: OpenCV 5 is needed and cv2 is {cv2.__version__}: {advice}")
 FONT = cv2.FontFace("sans")
 
 

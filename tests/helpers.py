@@ -25,10 +25,15 @@ OFTEN = " --checkpoint-minutes 0.001"  # many checkpoints a second
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
+STARTED = []  # the runs that ``start`` has started: conftest.py ends what a failed test has left behind
+
+
 def start(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / script), *flags.split()]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, cwd=folder, **piped | options)
+    process = subprocess.Popen(command, cwd=folder, **piped | options)
+    STARTED.append(process)
+    return process
 
 
 def run(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.CompletedProcess:

@@ -104,7 +104,7 @@ def test_killed_actor_and_raylet(tmp_path):
     """kill -9 of an actor: Ray starts it again, and the run goes on; of Ray's raylet: one sentence, nothing is left."""
     flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
     process = start(tmp_path, flags + " --total-timesteps 1000000" + OFTEN, "apex_dqn_atari.py")
-    wait_for(lambda: checkpoints(tmp_path), process)
+    wait_for(lambda: checkpoints(tmp_path) and min(stored(tmp_path)) > 0, process)
     started = descendants(process.pid)
     actors, before = actor_processes(process.pid), stored(tmp_path)
     assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in (process.pid, *actors)] == [0, 0, 0]
@@ -141,6 +141,7 @@ def test_stopped_learner_resumes(tmp_path, number, exit_code):
     wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
     before = descendants(process.pid)
     assert len(actor_processes(process.pid)) == 1
+    assert not [title for pid, title in before.items() if os.getpgid(pid) == process.pid]  # the signal is not for them
     if number == signal.SIGKILL:
         process.kill()
     else:
