@@ -548,8 +548,8 @@ class Atari(gym.Wrapper):
     Observations are ``uint8 [4, 84, 84]``, the newest frame last, zeros before an episode's first frame; they are
     views that the next ``step`` or ``reset`` overwrites. A frame is the maximum of the last two of 4 emulator frames
     in ALE's grayscale, resized by area. Rewards are clipped to their sign. When a game ends, ``info["episode"]`` has
-    its true return ``r``, its length ``l`` in agent steps, and ``unique_frames``, the share of its frames that had
-    not occurred before in it: it falls when the picture stands still.
+    its true return ``r``, its length ``l`` in agent steps, and ``repeated_rewards``, the share of its rewards that were
+    earned in a picture in which one had been earned before: it rises when one reward is earned again and again.
 
     An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
     at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
@@ -557,7 +557,7 @@ class Atari(gym.Wrapper):
 
     A class that takes its place (see ``Game``) needs ``reset``, ``step``, ``state_dict``, ``load_state_dict``,
     ``screen``, ``find_game``, ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``stack``,
-    ``lives``, ``game_ended``, ``episode_return``, ``episode_length``, ``unique_frames`` and ``recording``.
+    ``lives``, ``game_ended``, ``episode_return``, ``episode_length``, ``repeated_rewards`` and ``recording``.
     """
 
     def __init__(self, args: Args):
@@ -589,7 +589,8 @@ class Atari(gym.Wrapper):
         self.lives = 0
         self.episode_return = 0.0
         self.episode_length = 0
-        self.frames_seen = set()
+        self.num_rewards = 0  # only those above zero
+        self.rewarded_pictures = set()
 
     @staticmethod
     def find_game(env_id: str) -> str:
@@ -630,7 +631,8 @@ class Atari(gym.Wrapper):
         self.game_ended = False
         self.episode_return = 0.0
         self.episode_length = 0
-        self.frames_seen.clear()
+        self.num_rewards = 0
+        self.rewarded_pictures.clear()
         self._push_frame()
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -645,12 +647,17 @@ class Atari(gym.Wrapper):
         self.game_ended |= truncated
         info = {}
         if self.game_ended:
-            info["episode"] = {"r": self.episode_return, "l": self.episode_length, "unique_frames": self.unique_frames}
+            info["episode"] = {
+                "r": self.episode_return,
+                "l": self.episode_length,
+                "repeated_rewards": self.repeated_rewards,
+            }
         return self.stack, float(np.sign(reward)), terminated, truncated, info
 
     @property
-    def unique_frames(self) -> float:
-        return len(self.frames_seen) / (self.episode_length + 1)
+    def repeated_rewards(self) -> float:
+        repeated = self.num_rewards - len(self.rewarded_pictures)
+        return repeated / max(self.num_rewards, 1)
 
     def screen(self) -> np.ndarray:
         """The game's picture, uint8 [height, width, 3], RGB: the current emulator frame.
@@ -679,7 +686,15 @@ class Atari(gym.Wrapper):
         self.episode_return += reward
         self.episode_length += 1
         self._push_frame()
+        if reward > 0:
+            self._note_reward()
         return reward
+
+    def _note_reward(self) -> None:
+        """Remembers the frame before the step, so coarse that the score does not make it another one."""
+        coarse = cv2.resize(self.stack[-2], (28, 28), interpolation=cv2.INTER_AREA) // 64
+        self.rewarded_pictures.add(zlib.crc32(coarse))
+        self.num_rewards += 1
 
     def _push_frame(self) -> None:
         latest = self.screens[0]
@@ -687,7 +702,6 @@ class Atari(gym.Wrapper):
         np.maximum(latest, self.screens[1], out=latest)
         self.stack[:-1] = self.stack[1:]
         cv2.resize(latest, (SIZE, SIZE), dst=newest, interpolation=cv2.INTER_AREA)
-        self.frames_seen.add(zlib.crc32(newest))  # two frames collide in every dozenth of the longest games
 
     def state_dict(self) -> dict:
         """All that the rest of the game depends on, as plain values: torch's threads do not survive the fork."""
@@ -697,7 +711,8 @@ class Atari(gym.Wrapper):
             "last_action": self.last_action.value,
             "screens": self.screens.tobytes(),
             "stack": self.stack.tobytes(),
-            "frames_seen": np.array(sorted(self.frames_seen), np.uint32).tobytes(),
+            "num_rewards": self.num_rewards,
+            "rewarded_pictures": np.array(sorted(self.rewarded_pictures), np.uint32).tobytes(),
             "game_ended": self.game_ended,
             "lives": self.lives,
             "episode_return": self.episode_return,
@@ -715,7 +730,8 @@ class Atari(gym.Wrapper):
         self.last_action = ale_py.Action(state["last_action"])
         for array, name in ((self.screens, "screens"), (self.stack, "stack")):
             array[:] = np.frombuffer(state[name], np.uint8).reshape(array.shape)
-        self.frames_seen = set(np.frombuffer(state["frames_seen"], np.uint32).tolist())
+        self.num_rewards = int(state["num_rewards"])
+        self.rewarded_pictures = set(np.frombuffer(state["rewarded_pictures"], np.uint32).tolist())
         self.game_ended = bool(state["game_ended"])
         self.lives = int(state["lives"])
         self.episode_return = float(state["episode_return"])
@@ -1139,7 +1155,7 @@ class Overlay(gym.Wrapper):
             "return": f"{env.episode_return:,.0f}",
             "step": f"{env.episode_length:,}",
             "epsilon": f"{self.epsilon:g}",
-            "unique frames": f"{env.unique_frames:.2f}",
+            "repeated rewards": f"{env.repeated_rewards:.2f}",
         }
         if self.has_lives:
             facts["lives"] = str(env.lives)
@@ -1298,7 +1314,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
 
 def episode_means(prefix: str, games: list[dict]) -> dict[str, float]:
     """The charts of games that have ended, each the mean over them."""
-    names = {"r": "episodic_return", "l": "episodic_length", "unique_frames": "unique_frames"}
+    names = {"r": "episodic_return", "l": "episodic_length", "repeated_rewards": "repeated_rewards"}
     return {f"{prefix}/{name}": float(np.mean([game[key] for game in games])) for key, name in names.items()}
 
 

@@ -105,7 +105,7 @@ class Script:
         self.step_number += 1
         self.stack[:-1] = self.stack[1:]
         self._draw()
-        episode = {"r": 1.0, "l": 1, "unique_frames": 1.0}
+        episode = {"r": 1.0, "l": 1, "repeated_rewards": 1.0}
         return self.stack, reward, terminated, truncated, {"episode": episode} if terminated else {}
 
     def _draw(self):

@@ -59,8 +59,8 @@ def test_wandb_record_is_complete(recorded):
     history = [item["item"] for item in of_type["history"]]
     assert all("global_step" in item for item in history)
     logged = {key.split(".")[0] for item in history for key in item}
-    charts = {"episodic_return", "episodic_length", "unique_frames", "SPS", "epsilon"}
-    evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "unique_frames"}
+    charts = {"episodic_return", "episodic_length", "repeated_rewards", "SPS", "epsilon"}
+    evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "repeated_rewards"}
     wanted = {f"charts/{name}" for name in charts} | {f"eval/{name}" for name in evaluation}
     assert wanted | {"losses/td_loss", "losses/q_values", "videos/eval", "images/eval"} <= logged
     assert {item["global_step"] for item in history if "eval/episodic_return" in item} == {1200, 2400}

@@ -38,7 +38,7 @@ class CartPole(gym.Wrapper):
         super().__init__(gym.make("CartPole-v1", max_episode_steps=args.max_episode_frames // FRAME_SKIP))
         self.stack = np.zeros((STACK, SIZE, SIZE), np.uint8)
         self.game_ended, self.recording = True, False
-        self.episode_return, self.episode_length, self.unique_frames = 0.0, 0, 1.0
+        self.episode_return, self.episode_length, self.repeated_rewards = 0.0, 0, 1.0
 
     @staticmethod
     def find_game(env_id: str) -> str:
@@ -59,7 +59,7 @@ class CartPole(gym.Wrapper):
         self.stack[:-1] = self.stack[1:]
         self.stack[-1] = self.screen()[:, :, 0]
         if self.game_ended:
-            info = {"episode": {"r": self.episode_return, "l": self.episode_length, "unique_frames": 1.0}}
+            info = {"episode": {"r": self.episode_return, "l": self.episode_length, "repeated_rewards": 1.0}}
         return self.stack, reward, terminated, truncated, info
 
     def screen(self):

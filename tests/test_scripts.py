@@ -65,8 +65,8 @@ def test_run_is_complete(recorded):
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     assert all("global_step" in item for item in history)
     logged = {key.split(".")[0] for item in history for key in item}
-    charts = {"episodic_return", "episodic_length", "unique_frames", "SPS"}
-    evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "unique_frames"}
+    charts = {"episodic_return", "episodic_length", "repeated_rewards", "SPS"}
+    evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "repeated_rewards"}
     wanted = {f"charts/{name}" for name in charts} | {f"eval/{name}" for name in evaluation}
     assert wanted | {"videos/eval", "images/eval"} <= logged
     losses = [value for item in history for key, value in item.items() if key.startswith("losses/")]

@@ -617,11 +617,7 @@ def test_facts_show_their_numbers():
     assert columns(lambda: setattr(game, "episode_return", 77.0)) == {0}
     assert columns(lambda: setattr(env, "clipped_return", 5.0)) == {1}
     assert columns(lambda: setattr(env.args, "eval_epsilon", 0.07)) == {3}
-    game.frames_seen = {1}
-    game.episode_length = 99
-    env.render()
-    assert game.unique_frames == 0.01
-    assert columns(lambda: setattr(game, "frames_seen", set(range(25)))) == {4}
+    assert columns(lambda: setattr(game, "num_rewards", 25)) == {4} and game.repeated_rewards == 1
     assert columns(lambda: setattr(game, "lives", 3)) == {5}
     assert 2 in columns(lambda: setattr(game, "episode_length", 1234))
 
@@ -801,7 +797,7 @@ def check_wandb_record(folder: Path) -> None:
     """What is logged beside what dqn_atari.py logs."""
     records = wandb_records(folder)
     items = {key: value for r in records if r["type"] == "history" for key, value in r["history"]["item"].items()}
-    assert {"eval/episodic_return", "eval/episodic_return_std", "eval/unique_frames"} <= set(items)
+    assert {"eval/episodic_return", "eval/episodic_return_std", "eval/repeated_rewards"} <= set(items)
     assert items["eval/actions._type"] == items["eval/q_values._type"] == "histogram"
     counts, steps = items["eval/actions.values"], round(3 * items["eval/episodic_length"])
     assert items["eval/actions.bins"] == [-0.5, 0.5, 1.5, 2.5, 3.5]
@@ -814,7 +810,7 @@ def check_wandb_record(folder: Path) -> None:
     assert (config["panels"], config["saliency"]) == (["game", "history"], "gradient")
     (table,) = folder.glob("wandb/offline-run-*/files/media/table/eval/*.json")
     table = json.loads(table.read_text())
-    assert table["columns"] == ["return", "length", "unique_frames", "video"]
+    assert table["columns"] == ["return", "length", "repeated_rewards", "video"]
     assert sum(row[1] for row in table["data"]) == steps
     assert [row[3] is None for row in table["data"]] == [False, True, True]
     (artifact,) = [r["artifact"] for r in records if r["type"] == "artifact" and r["artifact"]["type"] == "run_table"]

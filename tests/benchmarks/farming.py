@@ -15,11 +15,11 @@ Nobody is trained here: each player is a rule or a search, so that it is known w
 
 The measures, all from 0 to 1, and more for a farmer:
 
-    old frames    frames that had occurred before in the game (1 - unique_frames)
+    old frames    frames that had occurred before in the game
     old cells     the same for cells as in Go-Explore (Ecoffet et al. 2021): 11x8 pixels, 8 grays
     no news       rewards with no new cell since the last one
     11x8, 14x14   rewards earned in a cell (8 grays) in which one had been earned before
-    21x21, 28x28  the same with 4 grays; 28x28 is ``repeated_rewards`` below
+    21x21, 28x28  the same with 4 grays; 28x28 is ``repeated_rewards`` of the scripts
     near          the same with any frame that differs by less than half a gray (of 256), on average, at 11x11 pixels
 
 A reward is a step that pays points (not one that costs some); its frame is the one before that step, so that the score
@@ -30,7 +30,6 @@ import argparse
 import statistics
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,8 +40,7 @@ import numpy as np
 from common import median_ratio, play_rounds, print_machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import dqn_atari  # noqa: E402
-from dqn_atari import FRAME_SKIP, unwrap  # noqa: E402
+from dqn_atari import FRAME_SKIP, Args, Atari, unwrap  # noqa: E402
 
 SCORES = {  # where the RAM holds the score, so that it can go on after the rest went back
     "BankHeist": (88, 89, 90),
@@ -53,31 +51,6 @@ SCORES = {  # where the RAM holds the score, so that it can go on after the rest
     "SpaceInvaders": (102, 104),
 }
 BRICKS, INVADERS = range(36), range(17, 24)  # where it holds what is still to be hit
-
-
-class Watched(dqn_atari.Atari):
-    """With ``repeated_rewards``: the share of a game's rewards that were earned where one had been earned before.
-
-    "Where" is the frame before the step, at 28x28 pixels and 4 grays.
-    """
-
-    num_rewards, rewarded_cells = 0, frozenset()
-
-    def _start_game(self, seed):
-        self.num_rewards, self.rewarded_cells = 0, set()
-        super()._start_game(seed)
-
-    def _repeat_action(self, action):
-        reward = super()._repeat_action(action)
-        if reward > 0:
-            cell = cv2.resize(self.stack[-2], (28, 28), interpolation=cv2.INTER_AREA) >> 6
-            self.rewarded_cells.add(zlib.crc32(cell))
-            self.num_rewards += 1
-        return reward
-
-    @property
-    def repeated_rewards(self) -> float:
-        return (self.num_rewards - len(self.rewarded_cells)) / max(self.num_rewards, 1)
 
 
 # Measures: functions of a game's frames (uint8 [steps + 1, 84, 84]) and rewards [steps].
@@ -133,7 +106,7 @@ MEASURES = {
 # each game.
 
 
-def act(env: Watched, action: int) -> float:
+def act(env: Atari, action: int) -> float:
     """One step of the emulator alone: its reward, much less than nothing if a life is lost."""
     lives = env.ale.lives()
     reward = sum(unwrap(env.ale.act(env.emulator_actions[action])) for _ in range(FRAME_SKIP))
@@ -144,7 +117,7 @@ def cycle(*names: str) -> Callable:
     return lambda env, rng: env.action_names.index(names[env.episode_length % len(names)])
 
 
-def at_random(env: Watched, rng: np.random.Generator) -> int:
+def at_random(env: Atari, rng: np.random.Generator) -> int:
     return int(rng.integers(len(env.action_names)))
 
 
@@ -166,14 +139,14 @@ def search(*names: str, tries: int = 6, horizon: int = 12, commit: int = 5) -> C
     return player
 
 
-def follow_in_breakout(env: Watched, offset: int) -> int:
+def follow_in_breakout(env: Atari, offset: int) -> int:
     ram = env.ale.getRAM()
     distance = int(ram[99]) - int(ram[72]) - offset
     name = "FIRE" if ram[101] == 0 else "RIGHT" if distance > 4 else "LEFT" if distance < -4 else "NOOP"
     return env.action_names.index(name)
 
 
-def follow_in_pong(env: Watched, offset: int) -> int:
+def follow_in_pong(env: Atari, offset: int) -> int:
     ram = env.ale.getRAM()
     distance = int(ram[54]) - int(ram[51]) - offset
     name = "NOOP" if ram[54] == 0 or abs(distance) <= 10 else "LEFT" if distance > 0 else "RIGHT"
@@ -205,7 +178,7 @@ class Lap:
         self.past = []  # the states and actions of the last steps; later those of the lap
         self.paid, self.last_return, self.found, self.step = 0, 0.0, False, 0
 
-    def go_back(self, env: Watched) -> None:
+    def go_back(self, env: Atari) -> None:
         score = [(address, int(env.ale.getRAM()[address])) for address in SCORES[env.game]]
         env.ale.restoreState(self.past[0][0])
         for address, value in score:
@@ -213,14 +186,14 @@ class Lap:
         env.ale.act(ale_py.Action.NOOP)  # the emulator takes the change of the score for a reward: not counted
         env.lives = env.ale.lives()
 
-    def works(self, env: Watched) -> bool:
+    def works(self, env: Atari) -> bool:
         state = env.ale.cloneState()
         self.go_back(env)
         reward = sum(act(env, action) for _, action in self.past)
         env.ale.restoreState(state)
         return reward > 0
 
-    def __call__(self, env: Watched, rng: np.random.Generator) -> int:
+    def __call__(self, env: Atari, rng: np.random.Generator) -> int:
         if not self.found:
             if env.episode_return > self.last_return:
                 self.paid += 1
@@ -308,9 +281,9 @@ PLAYERS = {  # of each game: name, kind, what makes the player
 }
 
 
-def play(game: str, player: Callable, steps: int, seed: int) -> tuple[Watched, np.ndarray, np.ndarray]:
+def play(game: str, player: Callable, steps: int, seed: int) -> tuple[Atari, np.ndarray, np.ndarray]:
     """The game after the first ``steps`` of it, or all of it if it ends before; its frames and its rewards."""
-    env = Watched(dqn_atari.Args(env_id=game, episodic_life=False))
+    env = Atari(Args(env_id=game, episodic_life=False))
     env.reset(seed=seed)
     rng = np.random.default_rng(seed)
     frames, returns = [env.stack[-1].copy()], [0.0]
@@ -326,6 +299,13 @@ def print_row(*fields) -> None:
     print("|", " | ".join(cells), "|", flush=True)
 
 
+class Unnoted(Atari):
+    """Without ``repeated_rewards``."""
+
+    def _note_reward(self) -> None:
+        pass
+
+
 def print_cost(rounds: int) -> None:
     """How much longer a step takes with repeated_rewards: the same 200 steps with and without, in turns."""
 
@@ -339,8 +319,8 @@ def print_cost(rounds: int) -> None:
 
     for game, action in (("Breakout", "RIGHT"), ("Krull", "FIRE"), ("Enduro", "FIRE")):
         contestants = {}
-        for make in (dqn_atari.Atari, Watched):
-            env = make(dqn_atari.Args(env_id=game, episodic_life=False))
+        for make in (Unnoted, Atari):
+            env = make(Args(env_id=game, episodic_life=False))
             env.reset(seed=1)
             contestants[make] = partial(seconds, env, cycle(action, "NOOP"))
         without, with_it = play_rounds(contestants, rounds).values()
