@@ -237,12 +237,17 @@ class QNetwork(nn.Module):
         self.heads = nn.Linear(512, num_heads * num_actions)  # all of them in one product
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.learned(observations) + self.prior_values(observations)
+        pixels = self.scale(observations)
+        return self.learned(pixels) + self.prior_values(pixels)
 
-    def learned(self, observations: torch.Tensor) -> torch.Tensor:
+    def scale(self, observations: torch.Tensor) -> torch.Tensor:
+        """Pixels from 0 to 1, as ``learned`` and ``prior_values`` take them: several networks share the work."""
+        pixels = observations.to(self.dtype) / 255
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+    def learned(self, pixels: torch.Tensor) -> torch.Tensor:
         mixed = self.dtype != torch.float32
-        with torch.autocast(observations.device.type, self.dtype, enabled=mixed):
-            pixels = observations.to(self.dtype) / 255
+        with torch.autocast(pixels.device.type, self.dtype, enabled=mixed):
             features = self.trunk(pixels)
         features = features.float()
         if features.requires_grad:  # the gradients of all heads meet here: divided by their number (2016)
@@ -250,10 +255,10 @@ class QNetwork(nn.Module):
         return self.heads(features).unflatten(1, (self.num_heads, -1))
 
     @torch.no_grad()
-    def prior_values(self, observations: torch.Tensor) -> torch.Tensor | float:
+    def prior_values(self, pixels: torch.Tensor) -> torch.Tensor | float:
         if self.prior is None:
             return 0.0
-        return self.prior_scale * self.prior.learned(observations)
+        return self.prior_scale * self.prior.learned(pixels)
 
 
 # ----------------------------------------------------------------------------------------------------- replay
@@ -419,9 +424,10 @@ class Agent:
         A transition's loss is the mean over the heads that learn from it, 0 if none does.
         """
         with torch.no_grad():
-            next_prior = self.q_network.prior_values(next_observations)  # the two networks have it in common
-            best = (self.q_network.learned(next_observations) + next_prior).argmax(2, keepdim=True)
-            next_values = self.target_network.learned(next_observations) + next_prior
+            next_pixels = self.q_network.scale(next_observations)
+            next_prior = self.q_network.prior_values(next_pixels)  # the two networks have it in common
+            best = (self.q_network.learned(next_pixels) + next_prior).argmax(2, keepdim=True)
+            next_values = self.target_network.learned(next_pixels) + next_prior
             next_values = next_values.gather(2, best).squeeze(2)  # [batch, heads]
             td_target = rewards[:, None] + self.args.gamma * next_values * ~terminated[:, None]
         all_values = self.q_network(observations)  # [batch, heads, actions]

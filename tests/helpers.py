@@ -20,8 +20,9 @@ HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 IN_BFLOAT16 = pytest.param(
     "bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a CPU with bfloat16 instructions")
 )
-SHORT = "--env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --eval-episodes 1 --device cpu"
-OFTEN = " --checkpoint-minutes 0.001"  # many checkpoints a second
+LEARNING = "--learning-starts 400 --buffer-size 1000 --batch-size 8 --train-frequency 8"
+SHORT = f"--env-id Breakout --num-envs 4 {LEARNING} --eval-episodes 1 --device cpu"
+OFTEN = " --checkpoint-minutes 0.002"  # many checkpoints a second
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
