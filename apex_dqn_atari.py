@@ -2186,18 +2186,18 @@ def check_args(args: Args) -> None:
         "gamma": (0, 1),
         "n_step": (1, CHUNK - STACK),
         "batch_size": (1, 2**14),  # an update takes 0.4 MB for each
-        "target_network_frequency": (1, 10**12),
+        "target_network_frequency": (1, NO_LIMIT),
         "epsilon_base": (0, 1),
         "epsilon_exponent": (0, 1000),
         "prioritized_replay_alpha": (0, 1),
         "prioritized_replay_beta": (0, 1),
-        "learning_starts": (0, 10**12),
+        "learning_starts": (0, NO_LIMIT),
         "steps_per_update": (0.01, 10**6),
-        "weights_frequency": (1, 10**12),
+        "weights_frequency": (1, NO_LIMIT),
         "max_grad_norm": (1e-12, 10**6),
         "num_actors": (1, 1000),
         "envs_per_actor": (1, 100),
-        "max_episode_frames": (FRAME_SKIP * CHUNK, 10**12),
+        "max_episode_frames": (FRAME_SKIP * CHUNK, NO_LIMIT),
     }
     for name, (low, high) in (COMMON_RANGES | ranges).items():
         value = getattr(args, name)
@@ -2212,15 +2212,16 @@ def check_args(args: Args) -> None:
         sys.exit("error: Ray is not installed: pip install 'ray>=2.50'")
 
 
+NO_LIMIT = 10**12  # where a number may be as large as you like
 COMMON_RANGES = {
     "sticky_actions": (0, 1),
-    "max_episode_frames": (1, 10**12),
-    "video_length": (1, 10**12),
-    "eval_frequency": (0, 10**12),
-    "eval_episodes": (1, 10**12),
+    "max_episode_frames": (1, NO_LIMIT),
+    "video_length": (1, NO_LIMIT),
+    "eval_frequency": (0, NO_LIMIT),
+    "eval_episodes": (1, NO_LIMIT),
     "eval_epsilon": (0, 1),
     "seed": (0, 2**31),
-    "total_timesteps": (1, 10**12),
+    "total_timesteps": (1, NO_LIMIT),
     "checkpoint_minutes": (0, 10**6),
 }
 

@@ -2139,12 +2139,12 @@ def check_args(args: Args) -> None:
         "buffer_size": (1, 10**9),  # drawn from with numbers below 2**31
         "gamma": (0, 1),
         "batch_size": (1, 2**14),  # an update takes 0.4 MB for each
-        "target_network_frequency": (1, 10**12),
+        "target_network_frequency": (1, NO_LIMIT),
         "start_e": (0, 1),
         "end_e": (0, 1),
         "exploration_fraction": (1e-12, 1),
-        "learning_starts": (0, 10**12),
-        "train_frequency": (1, 10**12),
+        "learning_starts": (0, NO_LIMIT),
+        "train_frequency": (1, NO_LIMIT),
         "n_atoms": (2, 1000),  # the projection takes their square
         "v_min": (-100_000, 100_000),
         "v_max": (-100_000, 100_000),
@@ -2167,15 +2167,16 @@ def check_args(args: Args) -> None:
         sys.exit(f"error: --v-min {args.v_min} and --v-max {args.v_max} leave no room for {atoms}: move them apart")
 
 
+NO_LIMIT = 10**12  # where a number may be as large as you like
 COMMON_RANGES = {
     "sticky_actions": (0, 1),
-    "max_episode_frames": (1, 10**12),
-    "video_length": (1, 10**12),
-    "eval_frequency": (0, 10**12),
-    "eval_episodes": (1, 10**12),
+    "max_episode_frames": (1, NO_LIMIT),
+    "video_length": (1, NO_LIMIT),
+    "eval_frequency": (0, NO_LIMIT),
+    "eval_episodes": (1, NO_LIMIT),
     "eval_epsilon": (0, 1),
     "seed": (0, 2**31),
-    "total_timesteps": (1, 10**12),
+    "total_timesteps": (1, NO_LIMIT),
     "checkpoint_minutes": (0, 10**6),
 }
 

@@ -2247,15 +2247,16 @@ def check_args(args: Args) -> None:
         sys.exit(f"error: --num-minibatches {args.num_minibatches} does not divide {parts}: {advice}")
 
 
+NO_LIMIT = 10**12  # where a number may be as large as you like
 COMMON_RANGES = {
     "sticky_actions": (0, 1),
-    "max_episode_frames": (1, 10**12),
-    "video_length": (1, 10**12),
-    "eval_frequency": (0, 10**12),
-    "eval_episodes": (1, 10**12),
+    "max_episode_frames": (1, NO_LIMIT),
+    "video_length": (1, NO_LIMIT),
+    "eval_frequency": (0, NO_LIMIT),
+    "eval_episodes": (1, NO_LIMIT),
     "eval_epsilon": (0, 1),
     "seed": (0, 2**31),
-    "total_timesteps": (1, 10**12),
+    "total_timesteps": (1, NO_LIMIT),
     "checkpoint_minutes": (0, 10**6),
 }
 
