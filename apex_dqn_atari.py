@@ -225,7 +225,7 @@ class RunFlags:
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
     """folder in which each run gets a folder of its own"""
-    checkpoint_minutes: float = 15
+    checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
     """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""

@@ -177,7 +177,7 @@ class RunFlags:
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
     """folder in which each run gets a folder of its own"""
-    checkpoint_minutes: float = 15
+    checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
     """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
@@ -641,7 +641,7 @@ class Atari(gym.Wrapper):
             "screens": self.screens.tobytes(),
             "stack": self.stack.tobytes(),
             "num_rewards": self.num_rewards,
-            "rewarded_pictures": np.array(sorted(self.rewarded_pictures), np.uint32).tobytes(),
+            "rewarded_pictures": sorted(self.rewarded_pictures),
             "game_ended": self.game_ended,
             "lives": self.lives,
             "episode_return": self.episode_return,
@@ -660,7 +660,7 @@ class Atari(gym.Wrapper):
         for array, name in ((self.screens, "screens"), (self.stack, "stack")):
             array[:] = np.frombuffer(state[name], np.uint8).reshape(array.shape)
         self.num_rewards = int(state["num_rewards"])
-        self.rewarded_pictures = set(np.frombuffer(state["rewarded_pictures"], np.uint32).tolist())
+        self.rewarded_pictures = {int(picture) for picture in state["rewarded_pictures"]}
         self.game_ended = bool(state["game_ended"])
         self.lives = int(state["lives"])
         self.episode_return = float(state["episode_return"])

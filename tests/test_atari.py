@@ -385,7 +385,7 @@ DAMAGES = {
     "one screen": lambda state: state.update(screens=state["screens"][: len(state["screens"]) // 2]),
     "one frame": lambda state: state.update(stack=state["stack"][: 84 * 84]),
     "no frames": lambda state: state.update(stack=b""),
-    "broken rewards": lambda state: state.update(rewarded_pictures=b"123"),
+    "broken rewards": lambda state: state["rewarded_pictures"].append("1"),
     "a text for the number of rewards": lambda state: state.update(num_rewards="3"),
     "a text for lives": lambda state: state.update(lives="5"),
     "half a life": lambda state: state.update(lives=2.5),

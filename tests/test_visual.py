@@ -603,7 +603,7 @@ def test_facts_show_their_numbers():
     env.has_lives = True
     env.note(np.zeros(6, np.float32), 0)
     left, top, right, bottom = env.boxes["facts"]
-    starts = [round(share * (right - left)) for share in (0, 0.18, 0.4, 0.53, 0.68, 0.91, 1)]
+    starts = [round(share * (right - left)) for share in (0, 0.18, 0.4, 0.53, 0.66, 0.91, 1)]
 
     def columns(change) -> set[int]:
         before = env.render().copy()
