@@ -18,7 +18,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, lambda *_: None)  # in a run that is started: what the system does by default
 
 
+LONGEST = ("test_scripts", "test_apex_runs")  # begun first: else one process works on them when the others are done
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.module.__name__ not in LONGEST)
     import torch  # not before OMP_NUM_THREADS is set
 
     if not torch.cuda.is_available():

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
 SCRIPTS = sorted(path.name for path in ROOT.glob("*_atari*.py") if path.name != "dqn_atari.py")
 # flags of the template that a script has others for
 INSTEAD = {
+    "dqn_atari_visual.py": {"--eval-episodes 1": "--eval-episodes 1 --saliency gradient"},  # the default takes longer
     "ppo_atari.py": {LEARNING: "--num-steps 100 --num-minibatches 2 --update-epochs 1"},
     "apex_dqn_atari.py": {
         "--num-envs 4": "--num-actors 1 --envs-per-actor 4",
