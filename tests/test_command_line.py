@@ -66,7 +66,7 @@ def test_wandb_record_is_complete(recorded):
     evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "repeated_rewards"}
     wanted = {f"charts/{name}" for name in charts} | {f"eval/{name}" for name in evaluation}
     assert wanted | {"losses/td_loss", "losses/q_values", "videos/eval", "images/eval"} <= logged
-    assert {item["global_step"] for item in history if "eval/episodic_return" in item} == {1200, 2400}
+    assert {item["global_step"] for item in history if "eval/episodic_return" in item} == {120, 1200, 2400}
     (model,) = of_type["artifact"]
     assert [entry["path"] for entry in model["manifest"]["contents"]] == ["model.pt"]
     (wandb_folder,) = (folder / "wandb").glob("offline-run-*")

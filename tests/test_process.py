@@ -97,7 +97,7 @@ def test_run_without_standard_streams(tmp_path):
     assert [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
     process.terminate()
     assert process.wait(timeout=300) == -signal.SIGTERM
-    assert torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] >= 800
+    assert torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] >= 80
     assert next(run_folder(tmp_path).glob("videos/*.mp4")).stat().st_size > 1000
     assert wandb_records(tmp_path)
 
