@@ -76,8 +76,8 @@ def test_wandb_record_is_complete(recorded):
     assert (media / "code/dqn_atari.py").read_bytes() == (ROOT / "dqn_atari.py").read_bytes()
     files = {file["path"] for record in of_type["files"] for file in record["files"]}
     videos = [file for file in files if file.endswith(".mp4")]
-    assert len(videos) == 2 and all((media / video).stat().st_size > 1000 for video in videos)
-    assert len([file for file in files if file.startswith("media/images/images/eval")]) == 2
+    assert len(videos) == 3 and all((media / video).stat().st_size > 1000 for video in videos)
+    assert len([file for file in files if file.startswith("media/images/images/eval")]) == 3
 
 
 def test_video_of_the_run_decodes(recorded):
