@@ -799,6 +799,15 @@ def test_signal_to_one_rank_stops_all(tmp_path):
     assert len(alone.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("due", [True, False])
+def test_rank_0_decides_when_to_save(monkeypatch, due):
+    """Clocks differ, and a checkpoint is written by all ranks together."""
+    run = ppo_atari.Run(Args(), None, None, {})
+    run.checkpoint_time = ppo_atari.time.perf_counter() - (0 if due else 3600)  # this rank's own clock says otherwise
+    monkeypatch.setattr(ppo_atari, "gather", lambda own: [due, own])
+    assert run.checkpoint_is_due() == due
+
+
 def test_environments_and_minibatches_must_be_divisible(monkeypatch):
     monkeypatch.setattr(ppo_atari, "WORLD_SIZE", 3)
     for flags, message in (
