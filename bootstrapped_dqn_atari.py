@@ -120,6 +120,8 @@ class AlgorithmFlags:
     """steps before the first update"""
     train_frequency: int = 4
     """steps for each update"""
+    n_step: int = 1
+    """steps whose rewards a target sums up before it adds the value of the state that follows"""
     num_heads: int = 9
     """Q-functions that share the trunk of the network"""
     mask_probability: float = 0.9
@@ -267,9 +269,9 @@ class QNetwork(nn.Module):
 class Batch(NamedTuple):
     observations: torch.Tensor  # uint8 [batch, 4, 84, 84]
     actions: torch.Tensor  # int64 [batch]
-    rewards: torch.Tensor  # float32 [batch]
-    next_observations: torch.Tensor  # uint8 [batch, 4, 84, 84]; arbitrary where terminated
-    terminated: torch.Tensor  # bool [batch]
+    returns: torch.Tensor  # float32 [batch], sum of gamma^k r_(t+k) over n steps, up to the end of the episode
+    next_observations: torch.Tensor  # uint8 [batch, 4, 84, 84], n steps later; arbitrary where discounts are 0
+    discounts: torch.Tensor  # float32 [batch], gamma^n, or 0 where the episode terminated within the n steps
     masks: torch.Tensor  # bool [batch, heads], whether the head learns from the transition
 
 
@@ -282,25 +284,25 @@ class Replay:
 
     Each array has one place for each environment and step: the newest frame of the observation, the action, the
     reward and how the episode ended, if it did. The environments of a step lie side by side, the steps in a ring. A
-    sample gathers 5 frames around a step and blanks those from before the episode. Never drawn: a step whose
-    successor is not stored yet, one with a part of its frames overwritten, and one at which the episode was truncated.
+    sample gathers the 4 + n frames around a step and blanks those from before the episode. Never drawn: a step whose n
+    successors are not stored yet, one with a part of its frames overwritten, and one whose n steps meet a truncation.
 
     Which heads learn from a step is drawn when it is stored, each with ``mask_probability`` (Osband et al. 2016).
     """
 
     ARRAYS = ("frames", "actions", "rewards", "ends", "masks")
 
-    def __init__(self, capacity: int, num_envs: int, device: torch.device, num_heads: int, mask_probability: float):
-        self.num_envs = num_envs
-        self.max_steps = capacity // num_envs
-        self.capacity = self.max_steps * num_envs
+    def __init__(self, args: Args, device: torch.device):
+        self.args = args
+        self.num_envs = args.num_envs
+        self.max_steps = args.buffer_size // args.num_envs
+        self.capacity = self.max_steps * args.num_envs
         self.device = device
         self.frames = blank_frames((self.capacity, SIZE, SIZE), device)
         self.actions = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
         self.rewards = torch.zeros(self.capacity, dtype=torch.float32, device=device)
         self.ends = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
-        self.masks = torch.zeros((self.capacity, num_heads), dtype=torch.bool, device=device)
-        self.mask_probability = mask_probability
+        self.masks = torch.zeros((self.capacity, args.num_heads), dtype=torch.bool, device=device)
         self.num_steps = 0
         self.num_steps_on_device = torch.zeros((), dtype=torch.int64, device=device)  # read inside the CUDA graph
 
@@ -313,24 +315,25 @@ class Replay:
         self.rewards[places] = rewards
         self.ends[places] = torch.where(terminated, TERMINATED, truncated * TRUNCATED)
         draws = torch.rand(self.masks[places].shape, device=self.device)
-        self.masks[places] = draws < self.mask_probability
+        self.masks[places] = draws < self.args.mask_probability
         self.num_steps += 1
         self.num_steps_on_device += 1
 
     def sample(self, batch_size: int) -> Batch:
         """Draws valid transitions uniformly, with replacement, without waiting for the device."""
-        newest = self.num_steps_on_device - 1  # its successor is not stored yet
+        n_step = self.args.n_step
+        newest = self.num_steps_on_device - n_step  # its last successor is not stored yet
         oldest = (self.num_steps_on_device - self.max_steps + HISTORY).clamp(min=0)
         # The device alone knows these bounds, so draws come from a range so large that the remainder favours none.
         # Truncations are rare: of 8 draws for each place in the batch, enough are valid.
         draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device)
         draws = oldest * self.num_envs + draws % ((newest - oldest) * self.num_envs)
-        is_truncated = self.ends.take(draws % self.capacity) == TRUNCATED
-        valid_first = is_truncated.byte().argsort(stable=True)
-        draws = draws[valid_first[:batch_size]]
+        returns, discounts, truncated = self.look_ahead(draws)
+        valid_first = truncated.byte().argsort(stable=True)
+        chosen = valid_first[:batch_size]
 
-        offsets = torch.arange(-HISTORY, 2, device=self.device) * self.num_envs
-        places = (draws[:, None] + offsets) % self.capacity  # [batch, 5]: 3 steps before, the drawn one, its successor
+        offsets = torch.arange(-HISTORY, n_step + 1, device=self.device) * self.num_envs
+        places = (draws[chosen, None] + offsets) % self.capacity  # [batch, 4 + n]: 3 before, the drawn one, n after it
         frames = self.frames.index_select(0, places.flatten())  # many times faster than self.frames[places]
         frames = frames.unflatten(0, places.shape)
         running = self.ends.take(places) == RUNNING
@@ -343,11 +346,25 @@ class Replay:
         return Batch(
             observations=frames[:, :STACK],
             actions=self.actions.take(drawn).long(),
-            rewards=self.rewards.take(drawn),
-            next_observations=frames[:, 1:],
-            terminated=self.ends.take(drawn) == TERMINATED,
+            returns=returns[chosen],
+            next_observations=frames[:, n_step:],
+            discounts=discounts[chosen],
             masks=self.masks.index_select(0, drawn),
         )
+
+    def look_ahead(self, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns and discounts of the n steps from ``draws`` on, as in ``Batch``, and whether they were truncated."""
+        gamma = self.args.gamma
+        returns = torch.zeros(draws.shape, device=self.device)
+        alive = torch.ones(draws.shape, dtype=torch.bool, device=self.device)
+        truncated = torch.zeros_like(alive)
+        for k in range(self.args.n_step):
+            places = (draws + k * self.num_envs) % self.capacity
+            ends = self.ends.take(places)
+            returns += gamma**k * self.rewards.take(places) * alive
+            truncated |= alive & (ends == TRUNCATED)
+            alive &= ends != TERMINATED
+        return returns, gamma**self.args.n_step * alive, truncated
 
     def state_dict(self) -> dict:
         """The filled part of the arrays; on the CPU these are views, not copies."""
@@ -418,7 +435,7 @@ class Agent:
         explore = torch.rand(greedy.shape, device=self.device) < epsilon
         return torch.where(explore, random, greedy)
 
-    def update(self, observations, actions, rewards, next_observations, terminated, masks) -> None:
+    def update(self, observations, actions, returns, next_observations, discounts, masks) -> None:
         """One step on the squared TD errors of a ``Batch``, each head's with its own double-Q target.
 
         A transition's loss is the mean over the heads that learn from it, 0 if none does.
@@ -429,7 +446,7 @@ class Agent:
             best = (self.q_network.learned(next_pixels) + next_prior).argmax(2, keepdim=True)
             next_values = self.target_network.learned(next_pixels) + next_prior
             next_values = next_values.gather(2, best).squeeze(2)  # [batch, heads]
-            td_target = rewards[:, None] + self.args.gamma * next_values * ~terminated[:, None]
+            td_target = returns[:, None] + discounts[:, None] * next_values
         all_values = self.q_network(observations)  # [batch, heads, actions]
         q_values = all_values.take_along_dim(actions[:, None, None], 2).squeeze(2)
         losses = masks * (q_values - td_target) ** 2
@@ -512,7 +529,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     set_up_torch(args, device)
     agent = Agent(args, envs.num_actions, device)
     replay_device = find_replay_device(args, device)
-    replay = Replay(args.buffer_size, args.num_envs, replay_device, args.num_heads, args.mask_probability)
+    replay = Replay(args, replay_device)
     heads = ActingHeads(args.num_heads, args.num_envs, device)
     if not resume:
         envs.reset(args.seed)
@@ -2195,6 +2212,7 @@ def check_args(args: Args) -> None:
         "exploration_fraction": (1e-12, 1),
         "learning_starts": (0, NO_LIMIT),
         "train_frequency": (1, NO_LIMIT),
+        "n_step": (1, 1000),
         "num_heads": (1, MAX_HEADS),
         "mask_probability": (1e-12, 1),
         "prior_scale": (0, 1000),
@@ -2207,9 +2225,9 @@ def check_args(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # nan is not in any range
             sys.exit(f"error: {flag(name)} is {value:,}: it must be between {low:,} and {high:,}")
-    # a transition needs its successor and, once the oldest are overwritten, 3 older frames
+    # a transition needs its n successors and, once the oldest are overwritten, 3 older frames
     steps = min(args.learning_starts // args.num_envs, args.buffer_size // args.num_envs - HISTORY)
-    drawable = max(steps - 1, 0) * args.num_envs
+    drawable = max(steps - args.n_step, 0) * args.num_envs
     if args.batch_size > drawable and not args.evaluate:
         stored = f"the {drawable} transitions that are stored when learning starts"
         advice = "lower it, or raise --learning-starts and --buffer-size"

@@ -34,7 +34,7 @@ OWN = {
     " Agent.__init__ Agent.act Agent.think Agent.update Overlay.new_game Overlay.note Overlay.render",
     "bootstrapped_dqn_atari.py": "ALGORITHM FIXED_FLAGS check_args QNetwork AlgorithmFlags.learning_rate"
     " AlgorithmFlags.buffer_size AlgorithmFlags.target_network_frequency"
-    " Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
+    " AlgorithmFlags.n_step Batch BYTES_PER_TRANSITION Replay.ARRAYS Replay.__init__ Replay.add Replay.sample"
     " Agent.__init__ Agent.act Agent.think Agent.update Overlay.new_game Overlay.note Overlay.render train",
     "apex_dqn_atari.py": "ALGORITHM FIXED_FLAGS check_args Atari.state_dict Atari.load_state_dict QNetwork"
     " Batch BYTES_PER_TRANSITION Replay"

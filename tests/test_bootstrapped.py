@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HAS_BFLOAT16, drawn_texts, random_batch, state_frame
+from helpers import HAS_BFLOAT16, Naive, drawn_texts, random_batch, state_frame
 
 import bootstrapped_dqn_atari
 import dqn_atari
@@ -18,6 +18,7 @@ from bootstrapped_dqn_atari import (
     GREEDY,
     GROUND,
     HIGHEST,
+    HISTORY,
     LOSS,
     LOWEST,
     MAX_HEADS,
@@ -48,10 +49,18 @@ def make_agent(num_actions=2, device=CPU, **flags):
 
 
 def masked_batch(num_heads, num_actions=2, size=32, probability=0.7):
-    """A random batch with masks; the first transition belongs to no head, the second to all."""
-    masks = torch.rand(size, num_heads, generator=torch.Generator().manual_seed(4)) < probability
+    """A random batch with discounts and masks; the first transition belongs to no head, the second to all."""
+    generator = torch.Generator().manual_seed(4)
+    masks = torch.rand(size, num_heads, generator=generator) < probability
     masks[0], masks[1] = False, True
-    return *random_batch(size, num_actions), masks
+    *batch, terminated = random_batch(size, num_actions)
+    return *batch, torch.rand(size, generator=generator) * ~terminated, masks
+
+
+def make_replay(capacity: int, device=CPU, **flags) -> Replay:
+    """Of two environments; 9 heads learn from every second transition unless flags say otherwise."""
+    flags = {"num_heads": 9, "mask_probability": 0.5} | flags
+    return Replay(Args(num_envs=2, buffer_size=capacity, **flags), device)
 
 
 def with_other_target(agent):
@@ -151,13 +160,11 @@ def direct_update(agent, batch, prior_scale) -> tuple[torch.Tensor, dict, list]:
         return learned + prior_scale * plain_heads(network.prior, observation) if prior_scale else learned
 
     loss, head_losses = 0.0, [[] for _ in range(num_heads)]
-    for observation, action, reward, next_observation, terminated, mask in zip(*batch):
+    for observation, action, reward, next_observation, discount, mask in zip(*batch):
         q_values, of_transition = values(network, observation), 0.0
         for head in range(num_heads):
             best = values(network, next_observation)[head].argmax()
-            td_target = reward
-            if not terminated:
-                td_target = reward + agent.args.gamma * values(target, next_observation)[head][best].detach()
+            td_target = reward + discount * values(target, next_observation)[head][best].detach()
             if mask[head]:
                 squared = (q_values[head, action] - td_target) ** 2
                 of_transition = of_transition + squared
@@ -222,7 +229,7 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
     target.load_state_dict(weights)
     target.trunk.to(dtype)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    replay = Replay(200, 2, CPU, num_heads=1, mask_probability=1.0)
+    replay = make_replay(200, num_heads=1, mask_probability=1.0)
     for _ in range(60):
         frames = torch.randint(0, 256, (2, SIZE, SIZE), dtype=torch.uint8)
         ends = torch.rand(2)
@@ -231,11 +238,11 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
         batch = replay.sample(16)
         assert batch.masks.all()
         agent.update(*batch)
-        observations, actions, rewards, next_observations, terminated, _ = batch
+        observations, actions, rewards, next_observations, discounts, _ = batch
         with torch.no_grad():
             best = network(next_observations).argmax(1, keepdim=True)
             next_values = target(next_observations).gather(1, best).squeeze(1)
-            td_target = rewards + 0.99 * torch.where(terminated, 0.0, next_values)
+            td_target = rewards + torch.where(discounts == 0, 0.0, 0.99 * next_values)
         loss = F.mse_loss(network(observations).gather(1, actions[:, None]).squeeze(1), td_target)
         optimizer.zero_grad()
         loss.backward()
@@ -274,7 +281,7 @@ def test_every_head_converges_to_value_iteration():
 
     precision = "bfloat16" if HAS_BFLOAT16 else "float32"
     agent = make_agent(learning_rate=5e-4, precision=precision, gamma=gamma)
-    replay = Replay(4000, 2, CPU, num_heads=3, mask_probability=0.7)
+    replay = make_replay(4000, num_heads=3, mask_probability=0.7, gamma=gamma)
     rng, states = np.random.default_rng(0), [0, 2]
     for _ in range(1500):
         actions = rng.integers(2, size=2)
@@ -343,7 +350,7 @@ def fill(replay, steps, first=0):
 
 def test_samples_equal_those_of_the_plain_replay():
     """With the same random state both draw the same transitions; masks come on top."""
-    plain, masked = dqn_atari.Replay(70, 2, CPU), Replay(70, 2, CPU, 9, 0.5)
+    plain, masked = dqn_atari.Replay(70, 2, CPU), make_replay(70)
     for steps in (20, 60):
         fill(plain, steps, plain.num_steps)
         fill(masked, steps, masked.num_steps)
@@ -352,13 +359,54 @@ def test_samples_equal_those_of_the_plain_replay():
         torch.manual_seed(3)
         batch = masked.sample(64)
         assert batch.masks.shape == (64, 9) and batch.masks.dtype == torch.bool
-        assert all(torch.equal(a, b) for a, b in zip(expected, batch))
+        assert torch.equal(batch.discounts, 0.99 * ~expected.terminated)
+        names = ("observations", "actions", "next_observations")
+        assert all(torch.equal(getattr(batch, name), getattr(expected, name)) for name in names)
+        assert torch.equal(batch.returns, expected.rewards)
+
+
+@pytest.mark.parametrize("n_step", [1, 3, 7])
+def test_returns_and_states_n_steps_later_are_the_direct_ones(n_step):
+    """Against a list of whole transitions, over the end of the ring; exactly those that are valid are drawn."""
+    rng = np.random.default_rng(n_step)
+    torch.manual_seed(0)
+    replay = make_replay(60, n_step=n_step, gamma=0.9)
+    naive = [Naive(n_step, 0.9) for _ in range(2)]
+    for step in range(75):
+        frames = rng.integers(0, 256, (2, SIZE, SIZE), dtype=np.uint8)
+        frames[:, 0, 0] = [0, 1]  # tags that tell the transition drawn
+        frames[:, 0, 1] = step
+        actions = rng.integers(0, 18, 2)
+        rewards = rng.normal(size=2).astype(np.float32)
+        terminated = rng.random(2) < 0.15
+        truncated = ~terminated & (rng.random(2) < 0.1)
+        for env in range(2):
+            naive[env].add(frames[env], actions[env], rewards[env], terminated[env], truncated[env])
+        replay.add(*map(torch.from_numpy, (frames, actions, rewards, terminated, truncated)))
+        if step not in (12, 29, 30, 74):
+            continue
+        stored = range(max(0, step + 1 - 30 + HISTORY), step + 1 - n_step)
+        valid = {(env, t) for env in range(2) for t in stored if naive[env].transition(t) is not None}
+        drawn = set()
+        for _ in range(40):
+            batch = replay.sample(32)
+            for i in range(32):
+                env, t = batch.observations[i, -1, 0, :2].tolist()
+                stack, action, total, next_stack, discount = naive[env].transition(t)
+                np.testing.assert_array_equal(batch.observations[i].numpy(), stack)
+                assert batch.actions[i] == action
+                assert batch.returns[i].item() == pytest.approx(total, abs=1e-6)
+                assert batch.discounts[i].item() == pytest.approx(discount)
+                if next_stack is not None:
+                    np.testing.assert_array_equal(batch.next_observations[i].numpy(), next_stack)
+                drawn.add((env, t))
+        assert drawn == valid
 
 
 @pytest.mark.parametrize("num_heads", [1, 9, 31])
 def test_a_transition_keeps_the_masks_it_was_stored_with(num_heads):
     """Also when older ones are overwritten: what is drawn is what the random numbers at storing said."""
-    replay, stored = Replay(70, 2, CPU, num_heads, 0.5), {}
+    replay, stored = make_replay(70, num_heads=num_heads), {}
     for step in range(100):
         torch.manual_seed(1000 + step)
         fill(replay, 1, step)
@@ -368,7 +416,7 @@ def test_a_transition_keeps_the_masks_it_was_stored_with(num_heads):
     drawn = set()
     for _ in range(20):
         batch = replay.sample(64)
-        for reward, mask in zip(batch.rewards.tolist(), batch.masks):
+        for reward, mask in zip(batch.returns.tolist(), batch.masks):
             assert torch.equal(mask, stored[int(reward)])
             drawn.add(int(reward))
     assert len(drawn) > 50
@@ -377,7 +425,7 @@ def test_a_transition_keeps_the_masks_it_was_stored_with(num_heads):
 @pytest.mark.parametrize("probability", [1e-12, 0.3, 0.9, 1.0])
 def test_masks_are_independent_with_the_given_probability(probability):
     torch.manual_seed(0)
-    replay = Replay(8000, 2, CPU, 4, probability)
+    replay = make_replay(8000, num_heads=4, mask_probability=probability)
     zeros = torch.zeros(2)
     for _ in range(4000):
         replay.add(torch.zeros(2, SIZE, SIZE), zeros, zeros, zeros.bool(), zeros.bool())
@@ -390,7 +438,7 @@ def test_masks_are_independent_with_the_given_probability(probability):
 
 def test_replay_survives_a_checkpoint(tmp_path):
     """A restored replay has the same masks and, with the random state, goes on drawing the same ones."""
-    replay, other = (Replay(70, 2, CPU, MAX_HEADS, 0.5) for _ in range(2))
+    replay, other = (make_replay(70, num_heads=MAX_HEADS) for _ in range(2))
     for steps in (20, 80):
         fill(replay, steps, replay.num_steps)
         torch.save(replay.state_dict(), tmp_path / "replay.pt")
@@ -724,7 +772,7 @@ def test_captured_acting_follows_the_heads():
 
 @pytest.mark.gpu
 def test_captured_sampling_returns_the_stored_masks():
-    replay = Replay(200, 2, torch.device("cuda"), 9, 0.5)
+    replay = make_replay(200, torch.device("cuda"))
     zeros = torch.zeros(2, device=replay.device)
     for step in range(100):
         frames = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8, device=replay.device)
@@ -732,4 +780,4 @@ def test_captured_sampling_returns_the_stored_masks():
     sample = CudaGraph(lambda: replay.sample(64))
     for _ in range(6):
         batch = sample()
-        assert torch.equal(batch.masks, replay.masks[batch.rewards.long()])
+        assert torch.equal(batch.masks, replay.masks[batch.returns.long()])

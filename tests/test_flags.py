@@ -122,6 +122,12 @@ REFUSED = [
     ("dqn_atari", "--buffer-size 1e23", "error: --buffer-size is 99,999,999,999,999,991,611,392: it must be"),
     ("dqn_atari", "--batch-size 100 --learning-starts 64", "error: --batch-size 100 is more than the 56 transitions"),
     ("dqn_atari", "--buffer-size 56", "transitions that are stored when learning starts"),
+    (
+        "bootstrapped_dqn_atari",
+        "--n-step 1000 --learning-starts 8000",
+        "transitions that are stored when learning starts",
+    ),
+    ("bootstrapped_dqn_atari", "--n-step 0", "error: --n-step is 0: it must be between 1 and 1,000"),
     ("dqn_atari", "--resume a --evaluate b", "error: --resume trains and --evaluate does not: give one of them"),
     ("dqn_atari", "--resume=", "error: an empty --resume or --evaluate: give a run folder"),
     ("dqn_atari", "--evaluate=", "error: an empty --resume or --evaluate: give a run folder"),

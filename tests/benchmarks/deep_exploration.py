@@ -10,8 +10,8 @@ thousand games, a learner has to try, game after game, what it does not know yet
 
 All use their own script's network, replay and update: 4 games side by side, an update of 32 for every 4 steps, Adam
 at 5e-4, the target every 50 steps. DQN's epsilon falls from 1 to 0.05 in the first half of the games; bootstrapped DQN
-has 9 heads, masks of 0.9 and epsilon 0. A contestant that got there in half of its last 40 games has solved the chain
-and stops.
+has 9 heads, masks of 0.9, epsilon 0 and 3-step returns (--n-step). A contestant that got there in half of its last 40
+games has solved the chain and stops.
 """
 
 import argparse
@@ -61,17 +61,20 @@ class Chain:
         return rewards.astype(np.float32), self.step_number == self.num_steps
 
 
-def play(prior_scale: float | None, num_states: int, num_games: int, seed: int) -> tuple[int | None, int, int, int]:
+def play(prior_scale: float | None, n_step: int, num_states: int, num_games: int, seed: int) -> tuple:
     """The game in which the right end was first reached, in how many, the number of games, the farthest state."""
     torch.manual_seed(seed)
-    chain, bootstrapped = Chain(num_states, seed), prior_scale is not None
-    script, flags = dqn_atari, {}
+    chain = Chain(num_states, seed)
+    capacity = (num_games + NUM_ENVS) * chain.num_steps
+    flags = {"learning_rate": 5e-4, "num_envs": NUM_ENVS, "buffer_size": capacity}
+    bootstrapped = prior_scale is not None
     if bootstrapped:
-        script, flags = bootstrapped_dqn_atari, {"prior_scale": prior_scale}
-    args = script.Args(learning_rate=5e-4, **flags)
-    agent = script.Agent(args, 2, CPU)
-    masks = (args.num_heads, args.mask_probability) if bootstrapped else ()
-    replay = script.Replay((num_games + NUM_ENVS) * chain.num_steps, NUM_ENVS, CPU, *masks)
+        args = bootstrapped_dqn_atari.Args(prior_scale=prior_scale, n_step=n_step, **flags)
+        agent = bootstrapped_dqn_atari.Agent(args, 2, CPU)
+        replay = bootstrapped_dqn_atari.Replay(args, CPU)
+    else:
+        agent = dqn_atari.Agent(dqn_atari.Args(**flags), 2, CPU)
+        replay = dqn_atari.Replay(capacity, NUM_ENVS, CPU)
     no_end, global_step, farthest, reached = torch.zeros(NUM_ENVS, dtype=torch.bool), 0, 1, []
     while len(reached) < num_games and sum(reached[-40:]) < 20:
         chain.reset()
@@ -101,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--states", type=int, default=20, help="length of the chain, at most 84 (%(default)s)")
     parser.add_argument("--games", type=int, default=400, help="most games of a contestant (%(default)s)")
+    parser.add_argument("--n-step", type=int, default=3, help="of bootstrapped DQN (%(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="(%(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,7 +113,7 @@ def main() -> None:
     for seed in args.seeds:
         for name, prior_scale in CONTESTANTS.items():
             start = time.process_time()
-            first, count, games, farthest = play(prior_scale, args.states, args.games, seed)
+            first, count, games, farthest = play(prior_scale, args.n_step, args.states, args.games, seed)
             seconds = f"{time.process_time() - start:.0f}"
             rows.append((name, seed, first or "never", f"{count} of {games}", f"{farthest} of {args.states}", seconds))
             print(f"{name}, seed {seed}: {seconds} s", flush=True)
