@@ -3,8 +3,10 @@
     python docs/compare.py runs/
     python docs/compare.py 'runs/Pong__*' --metric charts/episodic_return --out pong.png
     python docs/compare.py wandb/ --videos side.mp4
+    python docs/compare.py runs/ --save curves.jsonl && python docs/compare.py curves.jsonl
 
-RUN is a run's folder, a folder of runs, W&B's folder, one in it, or a pattern of those. Runs of one game, algorithm and
+RUN is a run's folder, a folder of runs, W&B's folder, one in it, a pattern of those, or a file that --save wrote: it
+keeps the table and the curves (as means of bins) when the records are gone. Runs of one game, algorithm and
 --exp-name are a group, in which only the seed should differ: a line is their mean, its band goes from the lowest to the
 highest; where some have ended, both are of the others. Evaluations are drawn one by one, all else as means of bins.
 """
@@ -49,14 +51,20 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def find_records(words: list[str]) -> dict[str, list[Path]]:
-    """The records of each run by its id, oldest first: a run that is resumed begins another one."""
-    found = set()
+def find_paths(words: list[str]) -> list[Path]:
+    """The files and folders that the words name, which may be patterns."""
+    found = []
     for word in words:
         paths = [word] if os.path.exists(word) else glob.glob(word)
         if not paths:
             sys.exit(f"error: there is no {word}")
-        found.update(record.resolve() for path in paths for record in records_at(Path(path)))
+        found += map(Path, paths)
+    return found
+
+
+def find_records(folders: list[Path]) -> dict[str, list[Path]]:
+    """The records of each run by its id, oldest first: a run that is resumed begins another one."""
+    found = {record.resolve() for folder in folders for record in records_at(folder)}
     records = defaultdict(list)
     for record in sorted(found, key=lambda record: record.parent.name.partition("run-")[2]):  # starts with the time
         records[record.stem.removeprefix("run-")].append(record)
@@ -115,13 +123,51 @@ def read_run(records: list[Path], metric: str) -> Run | None:
     warn(f"{records[-1].parent.name} is left out: these scripts have trained nothing in it")
 
 
+def bins(steps: np.ndarray, width: float) -> np.ndarray:
+    """The number of the bin, from 1, that each step lies in."""
+    return np.ceil(steps / width).clip(1)
+
+
+def thin(rows: list[dict]) -> list[dict]:
+    """Evaluations as they are, all else as means of 100 bins, each at the middle of its bin."""
+    width = rows[-1]["global_step"] / 100
+    binned = defaultdict(lambda: defaultdict(list))
+    thinned = []
+    for row in rows:
+        evaluation = {name: value for name, value in row.items() if name.startswith("eval/")}
+        if evaluation:
+            thinned.append({"global_step": row["global_step"]} | evaluation)
+        for name in row.keys() - evaluation.keys() - {"global_step", VIDEO}:
+            binned[bins(row["global_step"], width)][name].append(row[name])
+    for number, values in binned.items():
+        means = {name: round(float(np.mean(numbers)), 4) for name, numbers in values.items()}
+        thinned.append({"global_step": (number - 0.5) * width} | means)
+    thinned.append({"global_step": rows[-1]["global_step"]})
+    return sorted(thinned, key=lambda row: row["global_step"])
+
+
+def save_runs(groups: dict[tuple, list[Run]], path: Path) -> None:
+    """A line of JSON for each run."""
+    lines = [json.dumps({"config": run.config, "rows": thin(run.rows)}) for runs in groups.values() for run in runs]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def load_runs(path: Path) -> list[Run]:
+    try:
+        return [Run(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (ValueError, TypeError):
+        sys.exit(f"error: {path} was not written by --save")
+
+
 def read_groups(words: list[str], metric: str) -> dict[tuple, list[Run]]:
     """The training runs, in the order of their seeds, by (game, algorithm, exp_name)."""
+    paths = find_paths(words)
+    runs = [run for path in paths if path.is_file() for run in load_runs(path)]
+    for records in find_records([path for path in paths if path.is_dir()]).values():
+        runs.append(read_run(records, metric))
     groups = defaultdict(list)
-    for records in find_records(words).values():
-        run = read_run(records, metric)
-        if run:
-            groups[run.config["game"], run.config["algorithm"], run.config["exp_name"]].append(run)
+    for run in filter(None, runs):
+        groups[run.config["game"], run.config["algorithm"], run.config["exp_name"]].append(run)
     if not groups:
         sys.exit("error: no training run was found")
     for group, runs in groups.items():
@@ -138,8 +184,8 @@ def curves(runs: list[Run], metric: str, bin_width: float) -> tuple[np.ndarray, 
     points = [points for points in (run.points(metric) for run in runs) if points.size]
     if not metric.startswith("eval/"):
         for i, (steps, values) in enumerate(points):
-            bins, members = np.unique(np.ceil(steps / bin_width).clip(1), return_inverse=True)
-            points[i] = (bins - 0.5) * bin_width, np.bincount(members, values) / np.bincount(members)
+            numbers, members = np.unique(bins(steps, bin_width), return_inverse=True)
+            points[i] = (numbers - 0.5) * bin_width, np.bincount(members, values) / np.bincount(members)
     steps = np.unique([step for run_steps, _ in points for step in run_steps])
     values = [np.interp(steps, *run_points, left=np.nan, right=np.nan) for run_points in points]
     return steps, np.array(values)
@@ -227,8 +273,6 @@ def newest_videos(groups: dict[tuple, list[Run]]) -> list[tuple[str, Path]]:
             videos.append((f"{group[0]}   {names[group]}   seed {run.config['seed']}   step {step:,}", path))
         else:
             warn(f"{', '.join(group)} has no video")
-    if not videos:
-        sys.exit("error: the runs have no video")
     if len(videos) > MOST_VIDEOS:
         warn(f"only {MOST_VIDEOS} of {len(videos)} videos are shown: name the runs to choose")
     return videos[:MOST_VIDEOS]
@@ -273,9 +317,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs/, wandb/, a folder in one of them, a pattern")
     parser.add_argument("--metric", default=EVALUATION, help="what the curves show (%(default)s)")
     parser.add_argument("--out", type=Path, default="curves.png", help="picture of the curves (%(default)s)")
+    parser.add_argument("--save", type=Path, help="a file to keep the table and the curves in")
     parser.add_argument("--videos", type=Path, help="an mp4 to make of the newest videos, side by side")
     args = parser.parse_args(words)
-    for path in filter(None, (args.out, args.videos)):
+    for path in filter(None, (args.out, args.save, args.videos)):
         if not path.absolute().parent.is_dir():
             sys.exit(f"error: there is no folder {path.parent}")
     groups = read_groups(args.runs, args.metric)
@@ -283,16 +328,27 @@ def main(words: list[str] | None = None) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in (header, ["-" * width for width in widths], *rows):
         print("|", " | ".join(map(str.ljust, row, widths)), "|")
+    if args.save:
+        save_runs(groups, args.save)
+        print(args.save)
+    failures = []
     if args.videos:
-        write_side_by_side(newest_videos(groups), args.videos)
-        print(args.videos)
-    if not any(run.points(args.metric).size for runs in groups.values() for run in runs):
-        sys.exit(f"error: no curves: the runs have not logged {args.metric}")
-    try:
-        draw_curves(groups, args.metric).savefig(args.out, dpi=110)
-    except ImportError:
-        sys.exit("error: no curves: matplotlib is missing: pip install '.[compare]'")
-    print(args.out)
+        videos = newest_videos(groups)
+        if videos:
+            write_side_by_side(videos, args.videos)
+            print(args.videos)
+        else:
+            failures.append("error: no videos side by side: the runs have none")
+    if any(run.points(args.metric).size for runs in groups.values() for run in runs):
+        try:
+            draw_curves(groups, args.metric).savefig(args.out, dpi=110)
+            print(args.out)
+        except ImportError:
+            failures.append("error: no curves: matplotlib is missing: pip install '.[compare]'")
+    else:
+        failures.append(f"error: no curves: the runs have not logged {args.metric}")
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

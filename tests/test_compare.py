@@ -166,6 +166,8 @@ def test_videos_side_by_side(folder, tmp_path, monkeypatch):
         ("wandb --metric charts/nothing", "no curves: the runs have not logged charts/nothing"),
         ("wandb --out no/such/folder.png", "there is no folder no/such"),
         ("wandb --videos no/side.mp4", "there is no folder no"),
+        ("wandb --save no/curves.jsonl", "there is no folder no"),
+        ("red.mp4", "red.mp4 was not written by --save"),
         ("nothing", "there is no nothing"),
         ("none/*", r"there is no none/\*"),
         ("empty", "no training run was found"),
@@ -187,6 +189,30 @@ def test_without_matplotlib_the_rest_is_made(folder, tmp_path, monkeypatch, caps
         compare.main([str(folder / "wandb"), "--videos", "side.mp4"])
     output = capsys.readouterr().out
     assert cells(output)[2:] == TABLE and output.endswith("side.mp4\n") and (tmp_path / "side.mp4").exists()
+
+
+@pytest.mark.slow
+def test_without_videos_the_rest_is_made(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    compare.main([str(folder / "wandb"), "--save", "kept.jsonl"])
+    with pytest.raises(SystemExit, match="^error: no videos side by side: the runs have none$"):
+        compare.main(["kept.jsonl", "--videos", "side.mp4"])
+    assert capsys.readouterr().out.endswith("curves.png\n") and not (tmp_path / "side.mp4").exists()
+
+
+@pytest.mark.slow
+def test_what_is_saved_makes_the_same_table(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    compare.main([str(folder / "wandb"), "--save", "kept.jsonl"])
+    kept = compare.read_groups(["kept.jsonl"], compare.EVALUATION)
+    groups = compare.read_groups([str(folder / "wandb")], compare.EVALUATION)
+    for group, runs in groups.items():
+        np.testing.assert_equal(
+            compare.curves(kept[group], compare.EVALUATION, 1), compare.curves(runs, compare.EVALUATION, 1)
+        )
+    capsys.readouterr()
+    compare.main(["kept.jsonl"])
+    assert cells(capsys.readouterr().out)[2:] == TABLE
 
 
 @pytest.mark.slow
@@ -233,6 +259,19 @@ def test_what_is_logged_often_is_averaged_over_bins():
     assert steps.tolist() == [50, 150, 450] and values.tolist() == [[2, 20, 7]]
 
 
+def test_saved_curves_are_means_of_100_bins():
+    """Exactly those that are drawn of the whole run; an evaluation and the last step stay as they are."""
+    metric = "charts/episodic_return"
+    whole = run(1, [(step, step % 7) for step in range(1, 1999, 3)], metric)
+    whole.rows.insert(5, {"global_step": 14, compare.EVALUATION: 3.0})
+    thinned = Run(whole.config, compare.thin(whole.rows))
+    assert len(thinned.rows) == 102 and thinned.rows[-1]["global_step"] == 1996
+    assert thinned.points(compare.EVALUATION).tolist() == [[14], [3]]
+    drawn, expected = (compare.curves([each], metric, 19.96) for each in (thinned, whole))
+    np.testing.assert_allclose(drawn[0], expected[0])
+    np.testing.assert_allclose(drawn[1], expected[1], atol=1e-4)
+
+
 def test_figure_has_a_panel_a_game_and_a_line_and_band_a_group():
     groups = {
         OTHER: [run(1, [(100, 50), (200, 60)])],
@@ -277,8 +316,7 @@ def test_which_videos_are_shown(capsys):
     groups["Pong", "PPO", "d"] = [run(1, [(100, 0)])]
     assert [path for _, path in compare.newest_videos(groups)] == 3 * ["400.mp4"]
     assert "warning: Pong, PPO, d has no video" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: the runs have no video"):
-        compare.newest_videos({DQN: [run(1, [(100, 0)])]})
+    assert not compare.newest_videos({DQN: [run(1, [(100, 0)])]})
     many = {("Pong", "DQN", name): groups["Pong", "DQN", "a"] for name in "abcdefgh"}
     assert len(compare.newest_videos(many)) == 6 and "only 6 of 8 videos" in capsys.readouterr().err
 
