@@ -39,7 +39,7 @@ BYTES = {  # of one transition
 
 
 def make_replay(transitions: int, device: str = "cpu") -> dqn_atari.Replay:
-    return dqn_atari.Replay(transitions, NUM_ENVS, 1, 0.99, torch.device(device))
+    return dqn_atari.Replay(transitions, NUM_ENVS, torch.device(device))
 
 
 def fill_replay(replay: dqn_atari.Replay) -> None:
