@@ -41,14 +41,9 @@ def ours(precision: str, steps: int) -> float:
 
 
 def sb3(num_envs: int, kind: str, steps: int) -> float:
-    import ale_py
-    import gymnasium as gym
-    from stable_baselines3 import DQN
+    from sb3 import make_dqn, make_envs
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_atari_env
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
-    gym.register_envs(ale_py)
     clock = []
 
     class Clock(BaseCallback):
@@ -57,23 +52,9 @@ def sb3(num_envs: int, kind: str, steps: int) -> float:
                 clock.append((self.num_timesteps, time.perf_counter()))
             return len(clock) < 2
 
-    vec_env = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[kind]
-    envs = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", num_envs, seed=1, vec_env_cls=vec_env), 4)
-    agent = DQN(
-        "CnnPolicy",
-        envs,
-        learning_rate=1e-4,
-        buffer_size=BUFFER_SIZE,
-        learning_starts=LEARNING_STARTS,
-        batch_size=32,
-        gamma=0.99,
-        train_freq=(4, "step") if num_envs == 1 else (1, "step"),
-        gradient_steps=1 if num_envs == 1 else num_envs // 4,
-        target_update_interval=1000,
-        exploration_fraction=0.10,
-        exploration_final_eps=0.01,
-        seed=1,
-    )
+    envs = make_envs("Breakout", num_envs, kind, seed=1)
+    schedule = {"learning_starts": LEARNING_STARTS, "exploration_fraction": 0.10}
+    agent = make_dqn(envs, seed=1, buffer_size=BUFFER_SIZE, **schedule)
     agent.learn(FIRST_STEP + steps, callback=Clock())
     envs.close()
     (first_step, start), (last_step, end) = clock

@@ -18,11 +18,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-import ale_py
-import gymnasium as gym
 from common import MISSING, ROOT, median_ratio, play_rounds, print_machine, print_table, run, script_speed
 
-gym.register_envs(ale_py)  # at the top, for the processes of SubprocVecEnv
 NUM_STEPS = 128
 
 
@@ -34,10 +31,8 @@ def ours(num_envs: int, precision: str, iterations: int) -> float:
 
 
 def sb3(num_envs: int, kind: str, iterations: int) -> float:
-    from stable_baselines3 import PPO
+    from sb3 import make_envs, make_ppo
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_atari_env
-    from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
     starts = []  # of the iterations
 
@@ -48,25 +43,9 @@ def sb3(num_envs: int, kind: str, iterations: int) -> float:
         def _on_step(self) -> bool:
             return True
 
-    vec_env = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[kind]
-    envs = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", num_envs, seed=1, vec_env_cls=vec_env), 4)
+    envs = make_envs("Breakout", num_envs, kind, seed=1)
+    agent = make_ppo(envs, seed=1)
     rollout = NUM_STEPS * num_envs
-    agent = PPO(
-        "CnnPolicy",
-        envs,
-        learning_rate=2.5e-4,
-        n_steps=NUM_STEPS,
-        batch_size=rollout // 4,
-        n_epochs=4,
-        gamma=0.99,
-        gae_lambda=0.95,
-        clip_range=0.1,
-        clip_range_vf=0.1,
-        ent_coef=0.01,
-        vf_coef=0.5,
-        max_grad_norm=0.5,
-        seed=1,
-    )
     agent.learn((2 + iterations + 1) * rollout, callback=Clock())
     envs.close()
     return iterations * rollout / (starts[2 + iterations] - starts[2])

@@ -117,7 +117,6 @@ def main() -> None:
     parser.add_argument("--env-id", default="Breakout", help="name of the game (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="random seed (%(default)s)")
     parser.add_argument("--total-timesteps", type=int, default=1_000_000, help="steps (%(default)s)")
-    parser.add_argument("--kind", choices=["dummy", "subproc"], default="subproc", help="how games run (%(default)s)")
     parser.add_argument("--buffer-size", type=int, default=100_000, help="of DQN's replay (%(default)s)")
     parser.add_argument("--learning-starts", type=int, default=10_000, help="step of DQN's first update (%(default)s)")
     parser.add_argument("--exploration-fraction", type=float, default=0.1, help="of DQN's epsilon (%(default)s)")
@@ -132,7 +131,7 @@ def main() -> None:
     run = wandb.init(
         mode="offline", project="watchrl", id=run_dir.name, name=run_dir.name, resume="allow", config=config
     )
-    envs = make_envs(args.env_id, 8, args.kind, args.seed)
+    envs = make_envs(args.env_id, 8, "dummy", args.seed)
     if args.algorithm == "ppo":
         agent = make_ppo(envs, args.seed)
     else:
