@@ -921,9 +921,9 @@ class Actors:
             while len(requests) < REQUESTS:
                 requests.append(self.actors[actor].play.remote(self.weights, self.updates))
         oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
-        arrived, _ = ray.wait(list(oldest), timeout=patience)
+        arrived = self.wait(list(oldest), timeout=patience)
         if arrived:  # perhaps others as well
-            arrived, _ = ray.wait(list(oldest), num_returns=len(oldest), timeout=0)
+            arrived = self.wait(list(oldest), num_returns=len(oldest), timeout=0)
         for reference in arrived:
             actor = oldest[reference]
             self.requests[actor].popleft()
@@ -954,10 +954,15 @@ class Actors:
 
     def check_ray(self) -> None:
         """Ends the program with a sentence if Ray has died: ``ray.get`` and ``ray.put`` would end it without a word."""
+        self.wait([self.probe], timeout=0)
+
+    def wait(self, references: list, **options) -> list:
+        """``ray.wait``: those of the references that have arrived. Ends the program with a sentence if Ray has died."""
         try:
-            ray.wait([self.probe], timeout=0)
+            arrived, _ = ray.wait(references, **options)
         except OSError:
             sys.exit("error: the raylet, Ray's process on this machine, has died: go on with --resume")
+        return arrived
 
     def close(self) -> None:
         """Ends Ray. Takes the requests back first: Ray would complain of each that is open."""
