@@ -14,6 +14,7 @@ Other files are left alone: a copy under another name is an experiment.
 import argparse
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,9 +59,12 @@ under OWN in tests/check_copies.py. An experiment is best a copy under another n
 BY_MEMBER = {name.split(".")[0] for names in OWN.values() for name in names if "." in name}
 
 
+parse = cache(ast.parse)  # a script is asked for many classes
+
+
 def definitions(source: str, inside: str = "") -> dict[str, str]:
     """The text of every top-level definition of a script, or of every member of its class ``inside``."""
-    lines, body, found = source.splitlines(keepends=True), ast.parse(source).body, {}
+    lines, body, found = source.splitlines(keepends=True), parse(source).body, {}
     if inside:
         (body,) = [node.body for node in body if isinstance(node, ast.ClassDef) and node.name == inside]
     for node, following in zip(body, [*body[1:], None]):

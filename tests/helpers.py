@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from warm import Run
 
 from dqn_atari import SIZE, STACK
 
@@ -20,19 +21,23 @@ HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 IN_BFLOAT16 = pytest.param(
     "bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="needs a CPU with bfloat16 instructions")
 )
-LEARNING = "--learning-starts 400 --buffer-size 1000 --batch-size 8 --train-frequency 8"
+LEARNING = "--learning-starts 400 --buffer-size 1000 --batch-size 8 --train-frequency 16"
 SHORT = f"--env-id Breakout --num-envs 4 {LEARNING} --eval-episodes 1 --device cpu"
-OFTEN = " --checkpoint-minutes 0.002"  # many checkpoints a second
+OFTEN = " --checkpoint-minutes 0.01"
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
 STARTED = []  # the runs that ``start`` has started: conftest.py ends what a failed test has left behind
 
 
-def start(folder: Path, flags: str, script="dqn_atari.py", **options) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / script), *flags.split()]
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(command, cwd=folder, **piped | options)
+def start(folder: Path, flags: str, script="dqn_atari.py", env=None, cold=False, **options) -> Run | subprocess.Popen:
+    """Starts a script: by its command if ``cold`` or with ``options`` of ``Popen``, else faster, see warm.py."""
+    command = [str(ROOT / script), *flags.split()]
+    if cold or options or sys.platform != "linux":
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *command], cwd=folder, env=env, **piped | options)
+    else:
+        process = Run(folder, command, dict(os.environ if env is None else env))
     STARTED.append(process)
     return process
 
@@ -59,7 +64,7 @@ def wait_for(condition, process: subprocess.Popen, seconds=240):
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def assert_group_is_gone(pid: int) -> None:

@@ -350,6 +350,7 @@ def go_on(env, state, seed):
 
 
 @pytest.mark.parametrize("game", GAMES)
+@pytest.mark.slow
 def test_every_game_restores_exactly(game):
     """... into an environment that has just been made."""
     env = Atari(Args(env_id=game))

@@ -625,6 +625,7 @@ def cells(picture, num_heads, num_actions):
 @pytest.mark.parametrize("num_actions", [3, 6, 18])
 @pytest.mark.parametrize("num_heads", [1, 9, 14])
 @pytest.mark.parametrize("scale, shift", [(1, 0), (1e-3, -5), (1e8, 0), (1e30, -1e30)])
+@pytest.mark.slow
 def test_map_shows_values_and_votes(num_actions, num_heads, scale, shift):
     """Shades run from the lowest to the highest distance from the head's mean; each column has one dot, on its best."""
     env, rng = make_overlay(num_actions), np.random.default_rng(num_actions)

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 def recorded(tmp_path_factory):
     """One run with everything on: 2,400 steps, evaluated at 120, at 1,200 and at the end."""
     folder = tmp_path_factory.mktemp("recorded")
-    result = run(folder, SHORT + " --total-timesteps 2400 --eval-frequency 1200 --seed 3")
+    result = run(folder, SHORT + " --total-timesteps 2400 --eval-frequency 1200 --seed 3", cold=True)
     assert result.returncode == 0, result.stderr
     return folder, result
 
@@ -105,14 +105,14 @@ def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
     for name in ("wandb", "moviepy"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    result = run(tmp_path, NO_EXTRAS + " --total-timesteps 500 --num-workers 0", env=environment)
+    result = run(tmp_path, NO_EXTRAS + " --total-timesteps 500 --num-workers 0", env=environment, cold=True)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "wandb").exists()
 
 
 # ---------------------------------------------------------------------------------------- kill and resume
 
-INTERRUPTED = NO_EXTRAS + OFTEN + " --total-timesteps 3200"
+INTERRUPTED = NO_EXTRAS + OFTEN + " --total-timesteps 2000"
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def uninterrupted_model(tmp_path_factory):
 def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, exit_code):
     """Stopped with the replay wrapped round and lives lost; ended by ``--resume``."""
     process = start(tmp_path, INTERRUPTED)
-    wait_for(lambda: saved_step(tmp_path) > 1200, process)
+    wait_for(lambda: saved_step(tmp_path) > 1100, process)
     if number == signal.SIGKILL:
         process.kill()
     else:

@@ -119,6 +119,7 @@ def test_update_leaves_the_target_network_alone():
 @pytest.mark.parametrize(
     "num_envs, train_frequency, copy_frequency", [(1, 4, 40), (2, 4, 30), (8, 4, 40), (8, 1, 100), (6, 4, 50)]
 )
+@pytest.mark.slow
 def test_updates_and_target_copies_come_in_time(monkeypatch, tmp_path, num_envs, train_frequency, copy_frequency):
     """The sequence of both, counted in steps as the serial algorithm counts them."""
     events = []
@@ -172,6 +173,7 @@ def test_bfloat16_trunk_stays_close_to_float32():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 @pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.slow
 def test_freed_memory_is_kept(kept):
     """90 MB that come and go cost no page fault after the first time, and thousands if nothing is done for it."""
     lines = ["import resource, dqn_atari", "dqn_atari.keep_freed_memory()" if kept else ""]

@@ -203,6 +203,7 @@ print(bool(replay.frames[20_000:21_000].any() or replay.frames[-1000:].any()))
 
 
 @on_linux
+@pytest.mark.slow
 def test_memory_is_taken_as_it_is_filled():
     """Of a replay of 700 MB, hardly any at first; its frames are zeros all the same.
 
@@ -216,6 +217,7 @@ def test_memory_is_taken_as_it_is_filled():
 
 
 @on_linux
+@pytest.mark.slow
 def test_limit_of_the_shell_is_told_in_one_sentence(tmp_path):
     """With ``ulimit -d`` the memory is there, and this process cannot have it."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))  # noqa: E731

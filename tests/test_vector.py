@@ -71,6 +71,7 @@ def test_last_observations_of_truncated_episodes_are_kept(num_workers):
     vector.close()
 
 
+@pytest.mark.slow
 def test_workers_can_be_spawned(monkeypatch):
     """As on macOS and Windows, where a fork is unsafe or missing."""
     args = Args(env_id="Pong", num_envs=2, num_workers=2)
@@ -93,6 +94,7 @@ def test_workers_can_be_spawned(monkeypatch):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.slow
 def test_state_moves_to_another_vector(num_workers):
     args = Args(env_id="Breakout", num_envs=3, num_workers=num_workers)
     one, other = AtariVector(args), AtariVector(args)
@@ -127,6 +129,7 @@ def test_a_share_of_the_environments_plays_their_games():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("damage", ["missing", "garbage", "no game"])
+@pytest.mark.slow
 def test_states_that_cannot_be_loaded_raise_an_error_here(num_workers, damage):
     """... with its reason, whether the games are in workers or not."""
     vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=num_workers))
