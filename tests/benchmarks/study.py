@@ -3,10 +3,10 @@
     python tests/benchmarks/study.py ppo
     python tests/benchmarks/study.py dqn --seeds 1 2 --games Breakout --jobs 2
     python tests/benchmarks/study.py all
-    python docs/compare.py study/runs --metric charts/episodic_return
+    python docs/compare.py study/ppo/runs --metric charts/episodic_return
 
-A queue of runs in the folder study/. Stop it with Ctrl-C or kill it: started again with the same flags, it goes on with
-each run from its last checkpoint. With --jobs 2, two runs share the cores, one thread each.
+A queue of runs in a folder under study/. Stop it with Ctrl-C or kill it: started again with the same flags, it goes on
+with each run from its last checkpoint. With --jobs 2, two runs share the cores, one thread each.
 """
 
 import argparse
@@ -65,6 +65,10 @@ class Job(NamedTuple):
     game: str
     seed: int
 
+    @property
+    def name(self) -> str:
+        return f"{self.game}__{self.kind.exp_name}__{self.seed}"
+
     def command(self, folder: Path) -> list[str] | None:
         """What starts the run or goes on with it; None if it has ended."""
         file, *flags = self.kind.command.split()
@@ -73,7 +77,7 @@ class Job(NamedTuple):
         is_peer = self.kind.exp_name.startswith("sb3")
         if not is_peer:
             of_the_run += ["--exp-name", self.kind.exp_name, "--wandb-mode", "offline"]
-        for run_dir in (folder / "runs").glob(f"{self.game}__{self.kind.exp_name}__{self.seed}__*"):
+        for run_dir in (folder / "runs").glob(f"{self.name}__*"):
             if (run_dir / "model.pt").exists():
                 return None
             if (run_dir / "checkpoint.pt").exists():
@@ -83,10 +87,13 @@ class Job(NamedTuple):
 
     def start(self, command: list[str], folder: Path, jobs: int) -> subprocess.Popen:
         environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
-        name = f"{self.game}__{self.kind.exp_name}__{self.seed}"
-        print(f"{time.strftime('%H:%M:%S')} {name}: {' '.join(command[1:])}", flush=True)
-        with open(folder / f"{name}.log", "a") as log:
+        tell(f"{self.name}: {' '.join(command[1:])}")
+        with open(folder / f"{self.name}.log", "a") as log:
             return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def tell(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
 def play(queue: list[Job], folder: Path, jobs: int) -> None:
@@ -102,10 +109,7 @@ def play(queue: list[Job], folder: Path, jobs: int) -> None:
             time.sleep(1)
             for job, process in [pair for pair in running if pair[1].poll() is not None]:
                 running.remove((job, process))
-                minutes = time.strftime("%H:%M:%S")
-                print(
-                    f"{minutes} {job.game}__{job.kind.exp_name}__{job.seed}: exit code {process.returncode}", flush=True
-                )
+                tell(f"{job.name}: exit code {process.returncode}")
     except KeyboardInterrupt:
         for _, process in running:
             process.terminate()  # each saves a checkpoint
@@ -120,15 +124,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="experiments of the study, all by default")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument("--folder", type=Path, default="study", help="(%(default)s)")
+    parser.add_argument("--folder", type=Path, default="study", help="of all studies (%(default)s)")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = (args.folder / args.study).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     kinds = [kind for kind in STUDIES[args.study] if not args.only or kind.exp_name in args.only]
     games = args.games or GAMES[args.study]
     queue = [Job(kind, game, seed) for game in games for seed in args.seeds for kind in kinds]
-    play(queue, args.folder, args.jobs)
+    play(queue, folder, args.jobs)
 
 
 if __name__ == "__main__":
