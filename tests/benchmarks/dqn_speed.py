@@ -121,7 +121,7 @@ def print_parts(calls: int, rounds: int) -> None:
     def add():
         replay.add(observations[:, -1], actions, rewards, ends, ends)
 
-    for _ in range(replay.rows):
+    for _ in range(replay.max_steps):
         add()
 
     def step_games():

@@ -154,7 +154,7 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
         events.set_color([gain if reward > 0 else loss for reward in rewards[rewards != 0]])
 
         contents = (f"{env.episode_return:,.0f}", f"{env.episode_length:,}", f"{overlay.epsilon:g}")
-        contents += (f"{env.unique_frames:.2f}", str(env.lives))
+        contents += (f"{env.repeated_rewards:.2f}", str(env.lives))
         for fact, content in zip(facts, contents):
             fact.set_text(content)
 

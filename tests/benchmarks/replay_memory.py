@@ -45,7 +45,7 @@ def make_replay(transitions: int, device: str = "cpu") -> dqn_atari.Replay:
 def fill_replay(replay: dqn_atari.Replay) -> None:
     frames = torch.randint(256, (NUM_ENVS, 84, 84), dtype=torch.uint8)
     zeros = torch.zeros(NUM_ENVS)
-    for _ in range(replay.rows):
+    for _ in range(replay.max_steps):
         replay.add(frames, zeros.byte(), zeros, zeros > 0, zeros > 0)
 
 

@@ -53,7 +53,7 @@ class Player:
     def think(self, saliency: np.ndarray | None = None) -> None:
         q_values = (2 + rng.normal(scale=0.1, size=self.overlay.action_space.n)).astype(np.float32)
         action = int(rng.integers(len(q_values)) if rng.random() < 1 / 8 else q_values.argmax())
-        self.overlay.think(q_values, action, saliency)
+        self.overlay.note(q_values, action, saliency)
 
     def step(self) -> None:
         _, _, terminated, truncated, _ = self.overlay.step(self.overlay.action)
@@ -115,7 +115,7 @@ def record(steps: int, saliency: str) -> None:
     agent = Agent(args, int(Atari(args).action_space.n), CPU)
     with tempfile.TemporaryDirectory() as folder:
         tracker = Tracker(Args(wandb_mode="disabled"), Path(folder))
-        dqn_atari_visual.evaluate(args, agent, CPU, 0, Path(folder), tracker)
+        dqn_atari_visual.evaluate(args, agent, 0, Path(folder), tracker)
         (video,) = Path(folder).glob("videos/*.mp4")
         pictures, _ = imageio_ffmpeg.count_frames_and_secs(str(video))
     unit = 2**20 if sys.platform == "darwin" else 2**10  # of ru_maxrss
