@@ -112,7 +112,7 @@ def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
 
 # ---------------------------------------------------------------------------------------- kill and resume
 
-INTERRUPTED = NO_EXTRAS + OFTEN + " --total-timesteps 2000"
+INTERRUPTED = NO_EXTRAS + OFTEN + " --total-timesteps 2400"
 
 
 @pytest.fixture(scope="module")

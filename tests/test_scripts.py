@@ -129,7 +129,7 @@ def test_resumed_run_lets_go_of_the_checkpoint(recorded, tmp_path):
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "apex_dqn_atari.py"])
 def test_resumed_run_ends_bit_identical(script, tmp_path):
     """Killed after some updates and resumed, a run ends as one that was left alone."""
-    flags = adapt(NO_EXTRAS + OFTEN + " --total-timesteps 1400", script)
+    flags = adapt(NO_EXTRAS + OFTEN + " --total-timesteps 1800", script)
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     assert run(tmp_path / "whole", flags, script).returncode == 0
