@@ -225,6 +225,7 @@ def test_the_end_of_a_game_is_shown(monkeypatch, limit, ending):
     assert "exploring" in drawn_texts(env, monkeypatch) and len(env.values) == len(env.returns) == 1
 
 
+@pytest.mark.slow
 def test_video_has_one_frame_per_step(tmp_path, capsys):
     """105 of 110 steps recorded: 105 frames at 15 a second, each close to the picture that was given."""
     env, recorder, pictures = make_overlay(6), Recorder(tmp_path / "videos" / "game.mp4", length=105), []

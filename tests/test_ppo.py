@@ -267,6 +267,7 @@ def test_network_starts_as_it_should():
     assert logits.softmax(1).sub(0.25).abs().max() < 0.01
 
 
+@pytest.mark.slow
 def test_actions_are_drawn_from_the_policy():
     """Frequencies of 3,000 actions in two states, with the log probabilities and values that belong to them."""
     agent = make_agent(10)
@@ -431,6 +432,7 @@ def test_target_kl_ends_an_iteration(monkeypatch, tmp_path, target_kl, epochs):
     assert len(updates) == 2 * epochs * 3
 
 
+@pytest.mark.slow
 def test_advantages_are_normalized_in_each_minibatch(monkeypatch, tmp_path):
     seen, original = [], Agent.compute_gradients
     spy = lambda self, *batch: (seen.append(batch[-1].clone()), original(self, *batch))[1]  # noqa: E731

@@ -20,6 +20,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.slow
 def test_equals_environments_one_by_one(num_workers):
     """Observations, rewards, ends and finished games of 3 environments, each with its own seed."""
     args = Args(env_id="Breakout", num_envs=3, num_workers=num_workers, max_episode_frames=700)

@@ -278,6 +278,7 @@ def test_evaluation_leaves_no_trace(tmp_path, device):
     assert (meta["size"], len(frames)) == ((1280, 720), 20) and meta["pix_fmt"].startswith("yuv420p")
 
 
+@pytest.mark.slow
 def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
     calls = []
     record = lambda *inputs: calls.append(inputs) or np.ones((SIZE, SIZE), np.float32)  # noqa: E731
