@@ -121,7 +121,7 @@ class AlgorithmFlags:
     train_frequency: int = 4
     """steps for each update"""
     n_step: int = 1
-    """steps whose rewards a target sums up before it adds the value of the state that follows"""
+    """rewards that a return adds up before it bootstraps"""
     num_heads: int = 9
     """Q-functions that share the trunk of the network"""
     mask_probability: float = 0.9
@@ -528,8 +528,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     envs = AtariVector(args)  # forks, so before the lock, threads and CUDA
     set_up_torch(args, device)
     agent = Agent(args, envs.num_actions, device)
-    replay_device = find_replay_device(args, device)
-    replay = Replay(args, replay_device)
+    replay = Replay(args, find_replay_device(args, device))
     heads = ActingHeads(args.num_heads, args.num_envs, device)
     if not resume:
         envs.reset(args.seed)

@@ -162,11 +162,11 @@ def load_runs(path: Path) -> list[Run]:
 def read_groups(words: list[str], metric: str) -> dict[tuple, list[Run]]:
     """The training runs, in the order of their seeds, by (game, algorithm, exp_name)."""
     paths = find_paths(words)
-    runs = [run for path in paths if path.is_file() for run in load_runs(path)]
+    found = [run for path in paths if path.is_file() for run in load_runs(path)]
     for records in find_records([path for path in paths if path.is_dir()]).values():
-        runs.append(read_run(records, metric))
+        found.append(read_run(records, metric))
     groups = defaultdict(list)
-    for run in filter(None, runs):
+    for run in filter(None, found):
         groups[run.config["game"], run.config["algorithm"], run.config["exp_name"]].append(run)
     if not groups:
         sys.exit("error: no training run was found")

@@ -8,6 +8,7 @@ format, and a W&B record that docs/compare.py reads. A signal ends it with a che
 """
 
 import argparse
+import os
 import signal
 import time
 from pathlib import Path
@@ -104,9 +105,12 @@ class Tracker(BaseCallback):
         return not self.stopped
 
     def save(self) -> None:
-        self.model.save(self.run_dir / "checkpoint.pt")
+        """Replaces each file at once or not at all."""
         if isinstance(self.model, DQN):
-            self.model.save_replay_buffer(self.run_dir / REPLAY)
+            self.model.save_replay_buffer(self.run_dir / "replay.tmp")
+            os.replace(self.run_dir / "replay.tmp", self.run_dir / REPLAY)
+        self.model.save(self.run_dir / "checkpoint.tmp")
+        os.replace(self.run_dir / "checkpoint.tmp", self.run_dir / "checkpoint.pt")
 
 
 def main() -> None:
@@ -143,8 +147,7 @@ def main() -> None:
             exploration_fraction=args.exploration_fraction,
         )
     if args.resume:
-        agent.set_parameters(run_dir / "checkpoint.pt")
-        agent.num_timesteps = type(agent).load(run_dir / "checkpoint.pt").num_timesteps
+        agent = type(agent).load(run_dir / "checkpoint.pt", env=envs)
         if args.algorithm == "dqn":
             agent.load_replay_buffer(run_dir / REPLAY)
     tracker = Tracker(run, run_dir)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = "--total-timesteps 300000 --learning-starts 10000 --exploration-fraction 0.33 --buffer-size 100000"
 PPO_SHORT = "--total-timesteps 1000000"
-# of 500,000 steps; C51, Ape-X and Bootstrapped DQN take over the target network more often than their papers do
+# C51 and Bootstrapped DQN copy the target network more often than in their papers, for so short a run
 ALL = "--total-timesteps 500000 --eval-frequency 100000"
 ALL_REPLAY = f"{ALL} --learning-starts 10000 --buffer-size 500000"
 ALL_DQN = f"{ALL_REPLAY} --exploration-fraction 0.2"
