@@ -41,7 +41,9 @@ def test_each_run_is_started_or_resumed_or_has_ended(folder):
     assert job.command(folder) == command
     run_dir = folder / "runs/Pong__idea__2__20260131-120000"
     run_dir.mkdir(parents=True)
-    (folder / "runs/Pong__idea__21__20260131-120000").mkdir()
+    of_another_seed = folder / "runs/Pong__idea__21__20260131-120000"
+    of_another_seed.mkdir()
+    (of_another_seed / "model.pt").touch()
     assert job.command(folder) == command and not run_dir.exists()  # killed before its first checkpoint
     run_dir.mkdir()
     (run_dir / "checkpoint.pt").touch()
