@@ -451,7 +451,6 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     compute_gradients = capture(learn_from, device)
     apply_gradients = capture(agent.apply_gradients, device)
     steps_per_iteration = args.num_steps * args.num_envs
-    all_threads = torch.get_num_threads()
 
     def send_actions(half: AtariVector, step: int) -> None:
         """Draws and stores the actions of a step, and starts it."""
@@ -477,22 +476,21 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     with closing(run), closing(envs):
         while global_step < args.total_timesteps and not run.stopped:
             # play: the emulators of one half run while the policy computes for the other
-            torch.set_num_threads(1)  # several wait for each other too long on cores that emulators use
             games = []
-            for half in envs.halves:
-                rollout.observations[0, half.columns] = upload(half.observations, device)
-                send_actions(half, step=0)
-            for step in range(args.num_steps):
+            with sharing_cores(device):
                 for half in envs.halves:
-                    games += receive(half, step)
-                    if step + 1 < args.num_steps:
-                        send_actions(half, step + 1)
-            for half in envs.halves:
-                rollout.values[-1, half.columns] = value(rollout.observations[-1, half.columns])
+                    rollout.observations[0, half.columns] = upload(half.observations, device)
+                    send_actions(half, step=0)
+                for step in range(args.num_steps):
+                    for half in envs.halves:
+                        games += receive(half, step)
+                        if step + 1 < args.num_steps:
+                            send_actions(half, step + 1)
+                for half in envs.halves:
+                    rollout.values[-1, half.columns] = value(rollout.observations[-1, half.columns])
             estimate_advantages(upload(rollout.rewards, device), upload(rollout.ends, device))
 
             # learn
-            torch.set_num_threads(all_threads)
             progress = global_step / args.total_timesteps
             agent.learning_rate.fill_(args.learning_rate * (1 - progress if args.anneal_lr else 1))
             for _ in range(args.update_epochs):
@@ -1591,6 +1589,17 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: the highest that it takes
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
+@contextmanager
+def sharing_cores(device: torch.device):
+    """How the policy computes beside emulators: with one thread, and on a CPU with weights cast to bfloat16 once."""
+    all_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other too long on cores that emulators use
+    # autocast keeps its casts until the outermost one ends; a CUDA graph needs its own, or it would read freed memory
+    with torch.autocast(device.type, enabled=False, cache_enabled=device.type == "cpu"):
+        yield
+    torch.set_num_threads(all_threads)
 
 
 def capture(function: Callable, device: torch.device) -> Callable:
