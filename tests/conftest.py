@@ -18,6 +18,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, lambda *_: None)  # in a run that is started: what the system does by default
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One process more than there are cores: a test that waits for a run or a server leaves its core to another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return cores + 1
+
+
 LONGEST = ("test_scripts", "test_apex_runs")  # begun first: else one process works on them when the others are done
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch import nn
 from warm import Run
 
 from dqn_atari import SIZE, STACK
@@ -118,6 +119,25 @@ def state_frame(state: int) -> torch.Tensor:
     frame = torch.zeros(SIZE, SIZE, dtype=torch.uint8)
     frame[20:64, 16 * state : 16 * state + 16] = 255
     return frame
+
+
+class SmallTrunk(nn.Sequential):
+    """Stands in for a network's convolutions where a test trains its heads: it sees the newest frame, coarsely."""
+
+    def __init__(self, features=512):
+        super().__init__(nn.AvgPool2d(12), nn.Flatten(), nn.Linear(7 * 7, features), nn.ReLU())
+
+    def forward(self, pixels):
+        return super().forward(pixels[:, -1:])
+
+
+def with_small_trunk(network: type, features=512) -> type:
+    class SmallNetwork(network):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.trunk = SmallTrunk(features)
+
+    return SmallNetwork
 
 
 class Naive:

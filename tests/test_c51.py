@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import IN_BFLOAT16, random_batch, state_frame
+from helpers import IN_BFLOAT16, random_batch, state_frame, with_small_trunk
 
 import c51_atari
 from c51_atari import (
@@ -21,6 +21,7 @@ from c51_atari import (
     Atari,
     CudaGraph,
     Overlay,
+    QNetwork,
     check_args,
     number,
     project,
@@ -159,16 +160,17 @@ def all_outcomes(process) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    "process, gamma, precision",
+    "process, gamma, network, precision",
     [
-        (TREE, 0.5, "float32"),
-        pytest.param(TREE, 0.5, *IN_BFLOAT16.values, marks=IN_BFLOAT16.marks),
-        (LOOPS, 0.9, "float32"),
+        (TREE, 0.5, with_small_trunk(QNetwork), "float32"),
+        pytest.param(TREE, 0.5, with_small_trunk(QNetwork), *IN_BFLOAT16.values, marks=IN_BFLOAT16.marks),
+        (LOOPS, 0.9, QNetwork, "auto"),
     ],
 )
 @pytest.mark.slow
-def test_update_converges_to_the_return_distributions(process, gamma, precision):
+def test_update_converges_to_the_return_distributions(monkeypatch, process, gamma, network, precision):
     """In TREE all returns lie on the support, so that these are the true distributions; LOOPS never ends for sure."""
+    monkeypatch.setattr(c51_atari, "QNetwork", network)
     agent = make_agent(v_min=-2.0, v_max=2.0, n_atoms=17, gamma=gamma, learning_rate=1e-3, precision=precision)
     support = np.linspace(-2, 2, 17)
     expected = fixed_point(process, gamma, support)

@@ -24,8 +24,8 @@ FLAGS = (
     "--env-id Breakout --num-workers 0 --eval-frequency 0 --eval-episodes 1 --no-capture-video --wandb-mode disabled"
     " --device cpu"
 )
-OFF_POLICY = " --num-envs 4 --learning-starts 64 --buffer-size 100 --total-timesteps 80 --batch-size 8"
-ON_POLICY = " --num-envs 4 --num-steps 10 --num-minibatches 2 --update-epochs 1 --total-timesteps 80"
+OFF_POLICY = " --num-envs 2 --learning-starts 64 --buffer-size 100 --total-timesteps 80 --batch-size 8"
+ON_POLICY = " --num-envs 2 --num-steps 10 --num-minibatches 2 --update-epochs 1 --total-timesteps 80"
 
 
 def no_evaluation(*args, **kwargs):
@@ -267,7 +267,7 @@ def test_resume_says_what_it_does_not_take_from_the_file(dqn_run, tmp_path, monk
     "flags, message",
     [
         ("--seed 2", "error: --seed cannot change on --resume: it was 1"),
-        ("--num-envs 8", "error: --num-envs cannot change on --resume: it was 4"),
+        ("--num-envs 8", "error: --num-envs cannot change on --resume: it was 2"),
         ("--run-dir elsewhere", "error: --run-dir cannot act on --resume"),
         ("", "is at step 80 of --total-timesteps 80: raise it to go on, or play the model with --evaluate"),
         ("--total-timesteps 40", "is at step 80 of --total-timesteps 40: raise it"),

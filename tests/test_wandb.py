@@ -157,7 +157,7 @@ def test_offline_record_is_whole_and_syncs(server, tmp_path):
 
 
 def test_killed_and_resumed_is_one_run_with_one_row_a_step(server, tmp_path):
-    environment = server.environment(tmp_path) | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+    environment = server.environment(tmp_path) | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
     environment["WANDB_SILENT"] = "false"  # W&B says it when it drops a row
     code = "tracker = Tracker(Args(), run_dir, run_id={})\nsteps({})\npause('logged')\ntracker.finish()"
     killed = launch(tmp_path, code.format(None, "0, 160"), environment)
@@ -175,7 +175,7 @@ def test_killed_and_resumed_is_one_run_with_one_row_a_step(server, tmp_path):
 
 
 def test_server_goes_away_and_comes_back(server, tmp_path):
-    environment = server.environment(tmp_path) | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+    environment = server.environment(tmp_path) | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
     code = "tracker = Tracker(Args(), run_dir)\nsteps(0, 80)\npause('begun')\nsteps(80, 160)\npause('away')\n"
     process = launch(tmp_path, code + "steps(160, 240)\ntracker.finish()", environment)
     wait_for_line(process, "begun")
@@ -356,7 +356,7 @@ def test_script_with_an_odd_name_is_killed_moved_and_resumed_from_inside(server,
     """The whole script: each step arrives once, the model under the run's name."""
     script = tmp_path / "my dqn (1).py"
     shutil.copy(ROOT / "dqn_atari.py", script)
-    environment = server.environment(tmp_path / "home") | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+    environment = server.environment(tmp_path / "home") | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
     flags = SHORT + " --total-timesteps 1000000 --batch-size 4 --train-frequency 40 --checkpoint-minutes 0.01"
     flags += " --eval-frequency 600 --video-length 5 --wandb-project-name a/b"
     process = start(tmp_path, flags, script, env=environment)
