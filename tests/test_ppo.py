@@ -402,18 +402,20 @@ def test_acting_and_learning_agree_on_the_policy(precision, limit):
     assert metrics["approx_kl"] < limit and metrics["clipfrac"] == 0 and metrics["entropy"] < 1.35
 
 
-def test_weights_are_cast_once_while_the_games_are_played():
+def test_weights_are_cast_once_while_the_games_are_played(monkeypatch):
     """... on a CPU, and anew for the next iteration. A CUDA graph takes no cast from outside: it would be freed."""
     agent = make_agent(precision="bfloat16")
     observations = random_minibatch()[0].observations
-    all_threads = torch.get_num_threads()
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     with ppo_atari.sharing_cores(CPU):
-        assert torch.get_num_threads() == 1
+        assert threads == [1]
         before = agent.value(observations)
         with torch.no_grad():
             agent.network.trunk[7].weight.neg_()
         assert torch.equal(agent.value(observations), before)
-    assert torch.get_num_threads() == all_threads
+    assert threads == [1, 3]
     with ppo_atari.sharing_cores(CPU):
         assert not torch.equal(agent.value(observations), before)
     with ppo_atari.sharing_cores(torch.device("cuda")):
