@@ -3,8 +3,9 @@
     python tests/benchmarks/sb3.py ppo --env-id Breakout --seed 1 --total-timesteps 1000000
 
 The run has a folder like those of the scripts, with a checkpoint.pt and at the end a model.pt in Stable-Baselines3's
-format, and a W&B record that docs/compare.py reads. A signal ends it with a checkpoint, and --resume goes on from there
-(with new games). DQN differs in what cannot be set: Huber's loss, gradients clipped to a norm of 10.
+format, and a W&B record that docs/compare.py reads. At its end the model plays 5 games. A signal ends it with a
+checkpoint, and --resume goes on from there (with new games). DQN differs in what cannot be set: Huber's loss, gradients
+clipped to a norm of 10.
 """
 
 import argparse
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import ale_py
 import gymnasium as gym
+import numpy as np
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
 gym.register_envs(ale_py)  # at the top, for the processes of SubprocVecEnv
@@ -113,6 +116,14 @@ class Tracker(BaseCallback):
         os.replace(self.run_dir / "checkpoint.tmp", self.run_dir / "checkpoint.pt")
 
 
+def evaluate(agent: PPO | DQN, game: str, seed: int) -> dict[str, float]:
+    """Whole games as the training ends with them: PPO draws its actions, DQN explores a little."""
+    envs = make_envs(game, 5, "dummy", seed)
+    returns, _ = evaluate_policy(agent, envs, n_eval_episodes=5, deterministic=False, return_episode_rewards=True)
+    envs.close()
+    return {"eval/episodic_return": float(np.mean(returns)), "eval/episodic_return_std": float(np.std(returns))}
+
+
 def main() -> None:
     import wandb
 
@@ -155,6 +166,8 @@ def main() -> None:
     agent.learn(remaining, callback=tracker, reset_num_timesteps=not args.resume)
     tracker.save()
     if not tracker.stopped:
+        step = agent.num_timesteps
+        run.log(evaluate(agent, args.env_id, args.seed + 1000) | {"global_step": step}, step=step)
         agent.save(run_dir / "model.pt")
         (run_dir / REPLAY).unlink(missing_ok=True)
     run.finish()
