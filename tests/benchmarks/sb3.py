@@ -14,8 +14,6 @@ import signal
 import time
 from pathlib import Path
 
-import ale_py
-import gymnasium as gym
 import numpy as np
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -23,7 +21,6 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
-gym.register_envs(ale_py)  # at the top, for the processes of SubprocVecEnv
 LOG_FREQUENCY = 1000  # steps, as in dqn_atari.py
 SAVE_FREQUENCY = 100_000  # steps
 REPLAY = "replay.pkl"
@@ -32,7 +29,8 @@ REPLAY = "replay.pkl"
 def make_envs(game: str, num_envs: int, kind: str, seed: int) -> VecFrameStack:
     """Games in this process ("dummy") or in processes of theirs ("subproc"), preprocessed as by the scripts."""
     vec_env = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}[kind]
-    return VecFrameStack(make_atari_env(f"{game}NoFrameskip-v4", num_envs, seed=seed, vec_env_cls=vec_env), 4)
+    name = f"ale_py:{game}NoFrameskip-v4"  # with the module that registers it, for processes that have not imported it
+    return VecFrameStack(make_atari_env(name, num_envs, seed=seed, vec_env_cls=vec_env), 4)
 
 
 def make_ppo(envs: VecFrameStack, seed: int) -> PPO:
