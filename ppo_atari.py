@@ -1574,6 +1574,7 @@ def set_up_torch(args: Args, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
+        torch.set_num_threads(1)  # for the small copies left to the CPU: to wake other threads takes longer
 
 
 def optimizer_options(device: torch.device) -> dict:

@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.module.__name__ not in LONGEST)
     import torch  # not before OMP_NUM_THREADS is set
 
+    torch.backends.cudnn.deterministic = True  # as it is in the scripts
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -73,7 +73,8 @@ def learn(agent, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters(agent):
         if parameter.requires_grad:
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.zeros_like(parameter).copy_(gradient)  # in the parameter's memory format
     agent.optimizer.step()
 
 
@@ -205,11 +206,12 @@ def test_one_function_sets_up_the_device(monkeypatch):
     settings = {}
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: settings.update(device=index))
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: settings.update(matmul=name))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: settings.update(threads=number))
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace())
     for seed, deterministic in ((7, True), (8, False)):
         dqn_atari.set_up_torch(dqn_atari.Args(seed=seed, torch_deterministic=deterministic), torch.device("cuda:1"))
         assert torch.initial_seed() == seed
-        assert settings == {"device": 1, "matmul": "high"}
+        assert settings == {"device": 1, "matmul": "high", "threads": 1}
         assert vars(torch.backends.cudnn) == {"deterministic": deterministic, "benchmark": not deterministic}
     settings.clear()
     dqn_atari.set_up_torch(dqn_atari.Args(), CPU)
