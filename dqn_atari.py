@@ -1629,7 +1629,7 @@ class Run:
 
     def save_checkpoint(self, global_step: int) -> None:
         with self.uncounted():
-            self.agent.metrics.means()  # ends the run if one is not finite, before the last good checkpoint is replaced
+            check_finite(self.agent)  # before the last good checkpoint is replaced
             contents = header(self.args, global_step)
             contents["precision"] = self.agent.precision
             contents["wandb_run_id"] = self.tracker.run_id
@@ -1720,6 +1720,14 @@ class Run:
         self.bar.close()
         os.close(self.folder)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
+
+
+def check_finite(agent: Agent) -> None:
+    """Ends the program if a loss or a weight is infinite or nan."""
+    agent.metrics.means()
+    for weights in agent.optimizer.param_groups[0]["params"]:
+        if not weights.isfinite().all():
+            sys.exit("error: a weight is infinite or nan: go on from the last checkpoint with a lower --learning-rate")
 
 
 def multiples(frequency: int, before: int, now: int) -> int:

@@ -1805,7 +1805,7 @@ class Run:
     def save_checkpoint(self, global_step: int) -> None:
         with self.uncounted():
             average_metrics(self.agent.metrics)
-            self.agent.metrics.means()  # ends the run if one is not finite, before the last good checkpoint is replaced
+            check_finite(self.agent)  # before the last good checkpoint is replaced
             own = {name: part.state_dict() for name, part in self.parts.items()}
             own["random"] = random_state(self.agent.device)
             own["launch"] = LAUNCH
@@ -1916,6 +1916,14 @@ class Run:
         if RANK == 0:
             os.close(self.folder)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
+
+
+def check_finite(agent: Agent) -> None:
+    """Ends the program if a loss or a weight is infinite or nan."""
+    agent.metrics.means()
+    for weights in agent.optimizer.param_groups[0]["params"]:
+        if not weights.isfinite().all():
+            sys.exit("error: a weight is infinite or nan: go on from the last checkpoint with a lower --learning-rate")
 
 
 def multiples(frequency: int, before: int, now: int) -> int:

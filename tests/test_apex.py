@@ -129,11 +129,12 @@ def scripted(monkeypatch):
 
 @pytest.mark.parametrize("n_step", [1, 3])
 @pytest.mark.slow
-def test_replay_of_actors_equals_full_transitions(scripted, n_step):
+def test_replay_of_actors_equals_full_transitions(scripted, monkeypatch, n_step):
     """What two actors play comes back as a naive list of whole transitions has it, and nothing else does.
 
     They go on at different paces and past the end of the ring; a chunk is lost, and an actor starts anew, twice.
     """
+    monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
     max_steps = 3 * CHUNK + 17
     args = make_args(num_actors=2, buffer_size=4 * max_steps, n_step=n_step, gamma=0.9, prioritized_replay_alpha=0.0)
     weights = make_agent(3).weights()

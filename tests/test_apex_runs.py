@@ -19,7 +19,7 @@ from apex_dqn_atari import CHUNK
 pytestmark = pytest.mark.slow
 
 SHORT = "--device cpu --env-id Breakout --num-actors 1 --envs-per-actor 4 --learning-starts 400"
-SHORT += " --buffer-size 1000 --batch-size 32"
+SHORT += " --buffer-size 1000 --batch-size 8"
 NO_EXTRAS = SHORT + " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
@@ -103,7 +103,8 @@ def test_age_of_the_weights(finished):
 def test_killed_actor_and_raylet(tmp_path):
     """kill -9 of an actor: Ray starts it again, and the run goes on; of Ray's raylet: one sentence, nothing is left."""
     flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    process = start(tmp_path, flags + " --total-timesteps 1000000" + OFTEN, "apex_dqn_atari.py")
+    flags += " --total-timesteps 1000000 --steps-per-update 20" + OFTEN
+    process = start(tmp_path, flags, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and min(stored(tmp_path)) > 0, process)
     started = descendants(process.pid)
     actors, before = actor_processes(process.pid), stored(tmp_path)
@@ -137,7 +138,8 @@ def test_actor_that_raises_ends_the_run_with_its_traceback(tmp_path):
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, -15), (signal.SIGKILL, -9)])
 def test_stopped_learner_resumes(tmp_path, number, exit_code):
     """Signalled as a terminal or a job scheduler does, or killed: the replay, its priorities and counters go on."""
-    process = start(tmp_path, NO_EXTRAS + " --total-timesteps 100000" + OFTEN, "apex_dqn_atari.py")
+    pace = " --steps-per-update 20" if number == signal.SIGTERM else ""
+    process = start(tmp_path, NO_EXTRAS + pace + " --total-timesteps 100000" + OFTEN, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
     before = descendants(process.pid)
     assert len(actor_processes(process.pid)) == 1

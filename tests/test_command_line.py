@@ -185,7 +185,8 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("due, message", [(25, "td_loss became nan"), (20, "a weight is infinite or nan")])
+def test_diverging_run_ends_and_keeps_the_checkpoint(tmp_path, monkeypatch, due, message):
     """The parameters become nan at the 20th update: the checkpoint due after it is not written over the good one."""
     updates, update = [], Agent.update
 
@@ -199,11 +200,11 @@ def test_diverging_loss_ends_the_run_and_keeps_the_checkpoint(tmp_path, monkeypa
     args = Args(env_id="Breakout", num_envs=4, num_workers=0, learning_starts=400, buffer_size=1000)
     args.precision = "float32"
     args.total_timesteps, args.wandb_mode = 3000, "disabled"
-    monkeypatch.setattr(Run, "checkpoint_is_due", lambda run: len(updates) in (12, 25))
-    with pytest.raises(SystemExit, match="error: td_loss became nan"):
+    monkeypatch.setattr(Run, "checkpoint_is_due", lambda run: len(updates) in (12, due))
+    with pytest.raises(SystemExit, match=f"error: {message}"):
         train(args, torch.device("cpu"), tmp_path, None)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] == 448 and len(updates) == 25
+    assert checkpoint["global_step"] == 448 and len(updates) == due
     assert all(value.isfinite().all() for value in checkpoint["agent"]["q_network"].values())
 
 

@@ -70,7 +70,7 @@ def test_update_converges_to_value_iteration(monkeypatch, network, precision, ra
         states = [int(rng.integers(num_states)) if end else outcome[0] for end, outcome in zip(ended, outcomes)]
 
     for update in range(500):
-        agent.update(*replay.sample(32))
+        agent.update(*replay.sample(16))
         if update % 25 == 0:
             agent.update_target()
     batch = replay.sample(512)

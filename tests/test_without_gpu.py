@@ -35,7 +35,7 @@ MOVES = [("cpu", 32), ("cuda", 80), ("cuda", 112), ("cpu", 128)]  # --device and
 ON_GPU = [("cuda", 80)]
 # Waits that are no part of a step: they belong to a start, a checkpoint, an evaluation or the charts.
 OUTSIDE = {
-    *("__init__", "fill", "load_state_dict", "state_dict", "means", "explained_variance"),
+    *("__init__", "fill", "load_state_dict", "state_dict", "means", "check_finite", "explained_variance"),
     *("think", "gradient_saliency", "perturbation_saliency"),
 }
 
