@@ -960,8 +960,9 @@ class Actors:
         """``ray.wait``: those of the references that have arrived. Ends the program with a sentence if Ray has died."""
         try:
             arrived, _ = ray.wait(references, **options)
-        except OSError:
-            sys.exit("error: the raylet, Ray's process on this machine, has died: go on with --resume")
+        except OSError:  # to be told at once: ``close`` asks Ray once more, which can end the program without a word
+            say("error: the raylet, Ray's process on this machine, has died: go on with --resume", file=sys.stderr)
+            sys.exit(1)
         return arrived
 
     def close(self) -> None:

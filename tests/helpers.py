@@ -24,7 +24,7 @@ IN_BFLOAT16 = pytest.param(
 )
 LEARNING = "--learning-starts 400 --buffer-size 1000 --batch-size 8 --train-frequency 16"
 SHORT = f"--env-id Breakout --num-envs 4 {LEARNING} --eval-episodes 1 --device cpu"
-OFTEN = " --checkpoint-minutes 0.005"  # three a second
+OFTEN = " --checkpoint-minutes 0.01"  # each takes a fifth of a second
 NO_EXTRAS = SHORT + " --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 

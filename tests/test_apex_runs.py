@@ -76,7 +76,7 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     temporary = folder / ("t" * 80)
     temporary.mkdir()
-    flags = NO_EXTRAS.replace("disabled", "offline") + " --total-timesteps 4000 --steps-per-update 20"
+    flags = NO_EXTRAS.replace("disabled", "offline") + " --total-timesteps 4000 --steps-per-update 40"
     result = run(folder, flags, "apex_dqn_atari.py", env=os.environ | {"TMPDIR": str(temporary)})
     assert result.returncode == 0, result.stderr
     assert "ray" not in result.stdout + result.stderr.lower()
@@ -88,22 +88,22 @@ def logged(folder: Path) -> list[dict]:
 
 
 def test_steps_per_update_bounds_the_ratio(finished):
-    """Exactly one update for each 20 steps after the first 400, however fast the actors are."""
+    """Exactly one update for each 40 steps after the first 400, however fast the actors are."""
     checkpoint = torch.load(checkpoints(finished)[0], weights_only=True)
     learned = checkpoint["global_step"] - 400
-    assert checkpoint["agent"]["updates"] == pytest.approx(learned / 20, abs=CHUNK * 4 / 20)
+    assert checkpoint["agent"]["updates"] == pytest.approx(learned / 40, abs=CHUNK * 4 / 40)
 
 
 def test_age_of_the_weights(finished):
-    """When a chunk of 50 steps arrives they are those of 100 or 150 steps before it; 5 steps are an update here."""
+    """When a chunk of 50 steps arrives they are those of 100 or 150 steps before it; 10 steps are an update here."""
     ages = [item["charts/weights_age"] for item in logged(finished) if item.get("charts/weights_age")]
-    assert len(ages) > 2 and all(20 < age < 30 for age in ages[1:])
+    assert len(ages) > 2 and all(10 < age < 15 for age in ages[1:])
 
 
 def test_killed_actor_and_raylet(tmp_path):
     """kill -9 of an actor: Ray starts it again, and the run goes on; of Ray's raylet: one sentence, nothing is left."""
     flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    flags += " --total-timesteps 1000000 --steps-per-update 20" + OFTEN
+    flags += " --total-timesteps 1000000 --steps-per-update 40" + OFTEN
     process = start(tmp_path, flags, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and min(stored(tmp_path)) > 0, process)
     started = descendants(process.pid)
@@ -138,7 +138,7 @@ def test_actor_that_raises_ends_the_run_with_its_traceback(tmp_path):
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, -15), (signal.SIGKILL, -9)])
 def test_stopped_learner_resumes(tmp_path, number, exit_code):
     """Signalled as a terminal or a job scheduler does, or killed: the replay, its priorities and counters go on."""
-    pace = " --steps-per-update 20" if number == signal.SIGTERM else ""
+    pace = " --steps-per-update 40" if number == signal.SIGTERM else ""
     process = start(tmp_path, NO_EXTRAS + pace + " --total-timesteps 100000" + OFTEN, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
     before = descendants(process.pid)
@@ -207,7 +207,7 @@ def test_cluster_of_two_nodes_loses_one(tmp_path, cluster):
     address, start_node = cluster
     node = start_node(f"--address {address}")
     flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    flags += f" --total-timesteps 1000000 --steps-per-update 20 --ray-address {address}" + OFTEN
+    flags += f" --total-timesteps 1000000 --steps-per-update 40 --ray-address {address}" + OFTEN
     process = start(tmp_path, flags, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and min(stored(tmp_path)) > 150, process)
     os.kill(node, signal.SIGKILL)

@@ -34,7 +34,7 @@ INSTEAD = {
     "ppo_atari.py": {LEARNING: "--num-steps 100 --num-minibatches 2 --update-epochs 1"},
     "apex_dqn_atari.py": {
         "--num-envs 4": "--num-actors 1 --envs-per-actor 4",
-        "--train-frequency 16": "--steps-per-update 20",
+        "--train-frequency 16": "--steps-per-update 40",
     },
 }
 
