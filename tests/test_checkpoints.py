@@ -177,6 +177,16 @@ def test_what_is_not_whole_is_refused_with_one_sentence(trained, tmp_path, monke
         assert "does not fit this script, or is damaged" in sentence(error), name
 
 
+@pytest.mark.parametrize("script", [*SERIAL, "dqn_atari_visual", "apex_dqn_atari"])
+def test_weight_that_is_not_finite_is_never_saved(script, tmp_path):
+    module = importlib.import_module(script)
+    agent = module.Agent(module.Args(), 4, torch.device("cpu"))
+    agent.optimizer.param_groups[0]["params"][-1].data[0] = float("nan")
+    with pytest.raises(SystemExit, match="error: a weight is infinite or nan"):
+        module.Run(module.Args(), tmp_path, agent, {}).save_checkpoint(0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_model_without_network_is_refused(trained, tmp_path, monkeypatch):
     script, folder = trained
     contents = torch.load(folder / "model.pt", weights_only=True)
