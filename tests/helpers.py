@@ -84,6 +84,39 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def wait_for_next_checkpoint(checkpoint: Path, process) -> None:
+    """... and looks whether a process of the run still has the old one open, which would keep its disk space."""
+    replaced = checkpoint.stat().st_ino
+    wait_for(lambda: checkpoint.stat().st_ino != replaced, process)
+    maps = {pid: Path(f"/proc/{pid}/maps").read_text() for pid in [process.pid, *children(process.pid)]}
+    assert len(maps) > 2 and not [pid for pid, text in maps.items() if "checkpoint.pt" in text]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """The runs in both folders have ended with the same checkpoint, to the bit."""
+    ends = [torch.load(run_folder(folder) / "checkpoint.pt", weights_only=True) for folder in (one, other)]
+    for name in ("args", "wandb_run_id"):
+        assert ends[0].pop(name) != ends[1].pop(name)
+    assert_same(*ends)
+
+
+def assert_same(a, b) -> None:
+    """Of two states of nested dictionaries, lists, tensors and plain values, every bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for name in a:
+            assert_same(a[name], b[name])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_same(one, other)
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    else:
+        assert a == b
+
+
 def wandb_records(folder: Path) -> list[dict]:
     (record,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(record)]

@@ -1,4 +1,4 @@
-"""apex_dqn_atari.py from the shell: charts, killed actors, nodes and learners, ends and errors, on real games."""
+"""apex_dqn_atari.py from the shell: killed actors, nodes and learners, ends and errors, on real games."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import OFTEN, run, run_folder, start, wait_for, wandb_records
+from helpers import OFTEN, run, run_folder, start, wait_for, wait_for_next_checkpoint
 
 from apex_dqn_atari import CHUNK
 
@@ -70,56 +70,38 @@ def stored(folder: Path) -> list[int]:
     return torch.load(checkpoints(folder)[0], weights_only=True, mmap=True)["replay"]["num_steps"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """The folder of a run of 4,000 steps at a fixed ratio, in which TMPDIR is too long a path for Ray's sockets."""
-    folder = tmp_path_factory.mktemp("finished")
-    temporary = folder / ("t" * 80)
-    temporary.mkdir()
-    flags = NO_EXTRAS.replace("disabled", "offline") + " --total-timesteps 4000 --steps-per-update 40"
-    result = run(folder, flags, "apex_dqn_atari.py", env=os.environ | {"TMPDIR": str(temporary)})
-    assert result.returncode == 0, result.stderr
-    assert "ray" not in result.stdout + result.stderr.lower()
-    return folder
-
-
-def logged(folder: Path) -> list[dict]:
-    return [record["history"]["item"] for record in wandb_records(folder) if record["type"] == "history"]
-
-
-def test_steps_per_update_bounds_the_ratio(finished):
-    """Exactly one update for each 40 steps after the first 400, however fast the actors are."""
-    checkpoint = torch.load(checkpoints(finished)[0], weights_only=True)
-    learned = checkpoint["global_step"] - 400
-    assert checkpoint["agent"]["updates"] == pytest.approx(learned / 40, abs=CHUNK * 4 / 40)
-
-
-def test_age_of_the_weights(finished):
-    """When a chunk of 50 steps arrives they are those of 100 or 150 steps before it; 10 steps are an update here."""
-    ages = [item["charts/weights_age"] for item in logged(finished) if item.get("charts/weights_age")]
-    assert len(ages) > 2 and all(10 < age < 15 for age in ages[1:])
-
-
-def test_killed_actor_and_raylet(tmp_path):
-    """kill -9 of an actor: Ray starts it again, and the run goes on; of Ray's raylet: one sentence, nothing is left."""
+def test_killed_actor_learner_and_raylet(tmp_path):
+    """kill -9 of an actor: Ray starts it again. Of the learner: it goes on where it was. Of Ray: one sentence."""
     flags = NO_EXTRAS.replace("--num-actors 1 --envs-per-actor 4", "--num-actors 2 --envs-per-actor 2")
-    flags += " --total-timesteps 1000000 --steps-per-update 40" + OFTEN
-    process = start(tmp_path, flags, "apex_dqn_atari.py")
+    process = start(tmp_path, flags + " --total-timesteps 1000000 --steps-per-update 40" + OFTEN, "apex_dqn_atari.py")
     wait_for(lambda: checkpoints(tmp_path) and min(stored(tmp_path)) > 0, process)
     started = descendants(process.pid)
     actors, before = actor_processes(process.pid), stored(tmp_path)
     assert [os.getpriority(os.PRIO_PROCESS, pid) for pid in (process.pid, *actors)] == [0, 0, 0]
     os.kill(actors[0], signal.SIGKILL)
     wait_for(lambda: min(stored(tmp_path)) > max(before) + 200, process)  # both went on after it
+    process.kill()
+    _, stderr = process.communicate(timeout=60)
+    assert re.match(r"actor [01] died and has been started again\n", stderr)
+    # Ray's agents of the runtime need a minute to notice that the learner was killed
+    assert_all_gone(pid for pid, title in started.items() if "Agent" not in title)
+
+    before = torch.load(checkpoints(tmp_path)[0], weights_only=True)
+    flags = f"--resume {run_folder(tmp_path)} --wandb-mode disabled"
+    process = start(tmp_path, flags, "apex_dqn_atari.py")
+    wait_for(lambda: min(stored(tmp_path)) > max(before["replay"]["num_steps"]) + 50, process)
+    started = descendants(process.pid)
     (raylet,) = [pid for pid, title in started.items() if "raylet/raylet" in title.split()[0]]
     os.kill(raylet, signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert re.match(r"actor [01] died and has been started again\n", stderr)
     assert "error: the raylet, Ray's process on this machine, has died: go on with --resume\n" in stderr
     assert "(raylet)" not in stdout and "Traceback" not in stderr
-    assert min(stored(tmp_path)) > max(before)  # the last checkpoint is whole
     assert_all_gone(started)
+    last = torch.load(checkpoints(tmp_path)[0], weights_only=True)
+    assert min(last["replay"]["num_steps"]) > max(before["replay"]["num_steps"])
+    assert last["agent"]["updates"] > before["agent"]["updates"] > 0
+    assert (last["replay"]["priorities"] > 0).sum() > 500
 
 
 def test_actor_that_raises_ends_the_run_with_its_traceback(tmp_path):
@@ -135,47 +117,32 @@ def test_actor_that_raises_ends_the_run_with_its_traceback(tmp_path):
     assert "in play" in stderr
 
 
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, -15), (signal.SIGKILL, -9)])
-def test_stopped_learner_resumes(tmp_path, number, exit_code):
-    """Signalled as a terminal or a job scheduler does, or killed: the replay, its priorities and counters go on."""
-    pace = " --steps-per-update 40" if number == signal.SIGTERM else ""
-    process = start(tmp_path, NO_EXTRAS + pace + " --total-timesteps 100000" + OFTEN, "apex_dqn_atari.py")
+def test_stopped_learner_resumes(tmp_path):
+    """Signalled as a terminal or a job scheduler does: the replay, its priorities and counters go on to the end."""
+    process = start(
+        tmp_path, NO_EXTRAS + " --steps-per-update 40 --total-timesteps 100000" + OFTEN, "apex_dqn_atari.py"
+    )
     wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
     before = descendants(process.pid)
     assert len(actor_processes(process.pid)) == 1
     assert not [title for pid, title in before.items() if os.getpgid(pid) == process.pid]  # the signal is not for them
-    if number == signal.SIGKILL:
-        process.kill()
-    else:
-        os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == exit_code, stderr
-    # Ray's agents of the runtime need a minute to notice that the learner was killed
-    assert_all_gone(pid for pid, title in before.items() if number != signal.SIGKILL or "Agent" not in title)
+    assert process.returncode == -signal.SIGTERM, stderr
+    assert_all_gone(before)
     checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
     stopped, updates = checkpoint["global_step"], checkpoint["agent"]["updates"]
     assert updates > 0 and (checkpoint["replay"]["priorities"] > 0).sum() > 500
-    if number != signal.SIGKILL:
-        assert "--resume" in stdout and "Traceback" not in stderr
+    assert "--resume" in stdout and "Traceback" not in stderr
     flags = f"--resume {run_folder(tmp_path)} --total-timesteps {stopped + 1000} --wandb-mode disabled"
-    result = run(tmp_path, flags, "apex_dqn_atari.py")
-    assert result.returncode == 0, result.stderr
+    process = start(tmp_path, flags, "apex_dqn_atari.py")
+    wait_for_next_checkpoint(checkpoints(tmp_path)[0], process)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
     checkpoint = torch.load(checkpoints(tmp_path)[0], weights_only=True)
     assert stopped + 1000 <= checkpoint["global_step"] <= stopped + 2000
     assert checkpoint["agent"]["updates"] > updates
     assert checkpoint["replay"]["num_steps"][0] == checkpoint["global_step"] // 4
-
-
-def test_charts_tell_greediest_from_explorers(finished):
-    items = logged(finished)
-    games = [item for item in items if "charts/episodic_return" in item]
-    kinds = [("charts/episodic_return_greediest" in game, "charts/episodic_return_explorers" in game) for game in games]
-    assert (False, False) not in kinds and any(explorers for _, explorers in kinds)
-    charts = [item for item in items if "charts/SPS" in item]
-    names = {"updates_per_second", "replay_size", "weights_age", "actors_waiting"}
-    assert all({f"charts/{name}" for name in names} <= set(item) for item in charts)
-    assert [item["charts/replay_size"] for item in charts] == [min(item["global_step"], 1000) for item in charts]
-    assert "losses/abs_td_error" in charts[-1] and charts[-1]["charts/updates_per_second"] > 0
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from helpers import (
     OFTEN,
     SHORT,
     assert_group_is_gone,
+    assert_same_end,
     children,
     read_video,
     run,
@@ -112,46 +114,45 @@ def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
 
 # ---------------------------------------------------------------------------------------- kill and resume
 
-INTERRUPTED = NO_EXTRAS + OFTEN + " --total-timesteps 2400"
+STOPS = [(signal.SIGKILL, -9, 1100), (signal.SIGTERM, -15, 1400), (signal.SIGINT, -2, 1700)]  # exit codes, steps
 
 
-@pytest.fixture(scope="module")
-def uninterrupted_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert run(folder, INTERRUPTED).returncode == 0
-    return (run_folder(folder) / "model.pt").read_bytes()
-
-
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, -2)])
-def test_resumed_run_ends_bit_identical(uninterrupted_model, tmp_path, number, exit_code):
-    """Stopped with the replay wrapped round and lives lost; ended by ``--resume``."""
-    process = start(tmp_path, INTERRUPTED)
-    wait_for(lambda: saved_step(tmp_path) > 1100, process)
-    if number == signal.SIGKILL:
-        process.kill()
-    else:
-        os.kill(process.pid, number)
-        time.sleep(0.05)
-        os.killpg(process.pid, number)  # as timeout and job schedulers do, so that the workers get it too
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == exit_code, stderr
-    assert_group_is_gone(process.pid)
-    folder = run_folder(tmp_path)
-    assert not (folder / "model.pt").exists()
-    if number != signal.SIGKILL:
-        assert f"stopped at step {saved_step(tmp_path):,}; go on with" in stdout
-    result = run(tmp_path, f"--resume {folder} --wandb-mode disabled")
+def test_run_that_is_stopped_three_times_ends_bit_identical(recorded, tmp_path):
+    """With the replay wrapped round and lives lost; as a run that was left alone, and evaluated on the way."""
+    flags = NO_EXTRAS + OFTEN + " --total-timesteps 2400 --seed 3"
+    for number, exit_code, step in STOPS:
+        process = start(tmp_path, flags)
+        wait_for(lambda step=step: saved_step(tmp_path) > step, process)
+        if number == signal.SIGKILL:
+            process.kill()
+        else:
+            os.kill(process.pid, number)
+            time.sleep(0.05)
+            os.killpg(process.pid, number)  # as timeout and job schedulers do, so that the workers get it too
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == exit_code, stderr
+        assert_group_is_gone(process.pid)
+        folder = run_folder(tmp_path)
+        assert not (folder / "model.pt").exists()
+        if number != signal.SIGKILL:
+            assert f"stopped at step {saved_step(tmp_path):,}; go on with" in stdout
+        flags = f"--resume {folder} --wandb-mode disabled"
+    result = run(tmp_path, flags)
     assert result.returncode == 0, result.stderr
-    assert (folder / "model.pt").read_bytes() == uninterrupted_model
+    assert_same_end(recorded[0], tmp_path)
 
 
-def test_resume_goes_on_with_the_same_wandb_run(tmp_path):
-    flags = SHORT + " --total-timesteps {} --eval-frequency 0 --no-capture-video"
-    assert run(tmp_path, flags.format(1000)).returncode == 0
-    result = run(tmp_path, f"--resume {run_folder(tmp_path)}/checkpoint.pt --total-timesteps 2000")
+@pytest.fixture
+def copied(recorded, tmp_path) -> Path:
+    """A folder with the recorded run, to go on with."""
+    return Path(shutil.copytree(recorded[0], tmp_path / "copy"))
+
+
+def test_resume_goes_on_with_the_same_wandb_run(copied):
+    result = run(copied, f"--resume {run_folder(copied)}/checkpoint.pt --total-timesteps 2600 --no-capture-video")
     assert result.returncode == 0, result.stderr
-    records = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert [path.stem for path in records] == [f"run-{run_folder(tmp_path).name}"] * 2
+    records = list((copied / "wandb").glob("offline-run-*/*.wandb"))
+    assert [path.stem for path in records] == [f"run-{run_folder(copied).name}"] * 2
 
 
 def test_killed_worker_ends_the_run(tmp_path):
@@ -164,25 +165,19 @@ def test_killed_worker_ends_the_run(tmp_path):
     assert_group_is_gone(process.pid)
 
 
-def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(copied):
     """Files may not grow past 9 MB: the first checkpoints fail, training goes on, nothing old is destroyed."""
-    folder = tmp_path / "first"
-    folder.mkdir()
-    assert run(folder, NO_EXTRAS + " --total-timesteps 800").returncode == 0
-    checkpoint = run_folder(folder) / "checkpoint.pt"
+    checkpoint = run_folder(copied) / "checkpoint.pt"
     before = checkpoint.read_bytes()
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
-
-    result = run(
-        folder, f"--resume {run_folder(folder)} --total-timesteps 1600 --wandb-mode disabled", preexec_fn=limit
-    )
-    assert "was not written" in result.stderr
-    assert "step 1,600: return" in result.stdout and result.returncode == 0  # the model is small enough
+    flags = f"--resume {run_folder(copied)} --total-timesteps 2600 --wandb-mode disabled --no-capture-video"
+    process = start(copied, flags)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+    stdout, stderr = process.communicate(timeout=300)
+    assert "was not written" in stderr
+    assert "step 2,600: return" in stdout and process.returncode == 0  # the model is small enough
     assert checkpoint.read_bytes() == before
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(copied.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("due, message", [(25, "td_loss became nan"), (20, "a weight is infinite or nan")])
@@ -197,14 +192,14 @@ def test_diverging_run_ends_and_keeps_the_checkpoint(tmp_path, monkeypatch, due,
             self.q_network.head.bias.data.fill_(float("nan"))
 
     monkeypatch.setattr(Agent, "update", diverge)
-    args = Args(env_id="Breakout", num_envs=4, num_workers=0, learning_starts=400, buffer_size=1000)
-    args.precision = "float32"
+    args = Args(env_id="Breakout", num_envs=2, num_workers=0, learning_starts=400, buffer_size=1000)
+    args.precision, args.batch_size = "float32", 8
     args.total_timesteps, args.wandb_mode = 3000, "disabled"
     monkeypatch.setattr(Run, "checkpoint_is_due", lambda run: len(updates) in (12, due))
     with pytest.raises(SystemExit, match=f"error: {message}"):
         train(args, torch.device("cpu"), tmp_path, None)
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] == 448 and len(updates) == due
+    assert checkpoint["global_step"] == 450 and len(updates) == due
     assert all(value.isfinite().all() for value in checkpoint["agent"]["q_network"].values())
 
 
