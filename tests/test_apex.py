@@ -1,12 +1,14 @@
 """Ape-X: n-step returns, prioritised replay, actors, update and overlay against direct computations."""
 
 import copy
+import functools
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from ale_py import ALEState
 from helpers import IN_BFLOAT16, Naive, drawn_texts, random_batch, state_frame, with_small_trunk
 
 import apex_dqn_atari
@@ -109,7 +111,7 @@ class Script:
         return self.stack, reward, terminated, truncated, {"episode": episode} if terminated else {}
 
     def _draw(self):
-        self.stack[-1] = self.rng.integers(0, 256, (SIZE, SIZE))
+        self.stack[-1] = self.rng.integers(0, 256, (SIZE, SIZE), np.uint8)
         self.stack[-1, 0, :3] = self.number, self.step_number // 256, self.step_number % 256
 
 
@@ -168,19 +170,20 @@ def test_replay_of_actors_equals_full_transitions(scripted, monkeypatch, n_step)
                 contiguous = column[place + n_step] == (number, step + n_step, first) and step >= first + HISTORY
                 if contiguous and Script.made[number].naive.transition(step) is not None:
                     valid.add((number, step))
-        batch = replay.sample(4 * replay.capacity)  # all priorities are alike: each share holds less than one
-        drawn = {}
-        for i, frame in enumerate(batch.observations[:, -1]):
-            drawn.setdefault(tag(frame), i)
+        batch = replay.sample(2 * replay.capacity)  # all priorities are alike: each share holds half a transition
+        tags, first_drawn = np.unique(batch.observations[:, -1, 0, :3], axis=0, return_index=True)
+        drawn = [(number, 256 * high + low) for number, high, low in tags.tolist()]
         assert set(drawn) == valid
-        for (number, step), i in drawn.items():
-            stack, action, total, next_stack, discount = Script.made[number].naive.transition(step)
-            np.testing.assert_array_equal(batch.observations[i].numpy(), stack)
-            assert batch.actions[i] == action
-            assert batch.returns[i].item() == pytest.approx(total, abs=1e-6)
-            assert batch.discounts[i].item() == pytest.approx(discount, abs=1e-6)
-            if next_stack is not None:
-                np.testing.assert_array_equal(batch.next_observations[i].numpy(), next_stack)
+        batch = [array[first_drawn] for array in batch]
+        observations, drawn_actions, drawn_returns, next_observations, drawn_discounts = batch[:5]
+        transitions = [Script.made[number].naive.transition(step) for number, step in drawn]
+        stacks, actions, returns, next_stacks, discounts = zip(*transitions)
+        running = [i for i, next_stack in enumerate(next_stacks) if next_stack is not None]
+        assert np.array_equal(observations, np.stack(stacks))
+        assert drawn_actions.tolist() == list(actions)
+        np.testing.assert_allclose(drawn_returns, returns, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(drawn_discounts, discounts, rtol=0, atol=1e-6)
+        assert np.array_equal(next_observations[running], np.stack([next_stacks[i] for i in running]))
     assert replay.size == replay.capacity == 4 * max_steps and len(Script.made) == 8
 
 
@@ -227,8 +230,9 @@ def test_actor_takes_the_weights_it_is_given(scripted):
     assert (actor.steps["actions"][args.n_step :] == 0).all()
 
 
-def test_each_environment_explores_with_its_epsilon(scripted):
+def test_each_environment_explores_with_its_epsilon(scripted, monkeypatch):
     """The paper's schedule over all environments; every actor has greedy and curious ones."""
+    monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
     args = make_args(num_actors=3, envs_per_actor=4)
     expected = [0.4 ** (1 + 7 * i / 11) for i in range(12)]
     assert epsilons(args).tolist() == pytest.approx(expected)
@@ -246,7 +250,8 @@ def test_each_environment_explores_with_its_epsilon(scripted):
     assert greedy[0] == 1 and np.bincount(actions[:, 3]).min() > 0.2 * len(actions)
 
 
-def test_games_carry_the_number_of_their_environment(scripted):
+def test_games_carry_the_number_of_their_environment(scripted, monkeypatch):
+    monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
     args = make_args(num_actors=2, envs_per_actor=3)
     actor = Actor(args, 1, 0)
     games = [game for _ in range(4) for game in actor.play(make_agent(3).weights(), 0)["games"]]
@@ -549,8 +554,8 @@ def test_update_converges_to_value_iteration(scripted, monkeypatch, precision):
     agent, actor, replay = Agent(args, 2, CPU), Actor(args, 0, 0), Replay(args, CPU)
     for chunk in range(20):
         replay.add(0, actor.play(agent.weights(), 0), chunk > 0)
-    for update in range(1000):
-        if update == 600:
+    for update in range(400):
+        if update == 240:
             agent.optimizer.param_groups[0]["lr"] /= 6
         *batch, indices = replay.sample(32)
         replay.update_priorities(indices, agent.update(*batch))
@@ -613,6 +618,7 @@ class ActorHere:
 @pytest.mark.slow
 def test_training_copies_and_publishes_the_weights_in_time(scripted, monkeypatch, tmp_path):
     """1,600 steps of two games, an update for each 20 after the first 400, in chunks of 100 steps."""
+    monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
     args = make_args(total_timesteps=1600, learning_starts=400, steps_per_update=20, batch_size=4, buffer_size=2000)
     args.target_network_frequency, args.weights_frequency, args.wandb_mode = 7, 150, "disabled"
     ActorHere.events = events = []
@@ -860,10 +866,24 @@ def test_missing_ray_is_one_sentence(monkeypatch):
 GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
 
 
-def make_overlay(num_actions: int) -> Overlay:
+@functools.cache
+def started_overlay(num_actions: int) -> tuple[Overlay, ALEState]:
+    """An overlay of a game that has begun, and the emulator's state: a cartridge takes long to load."""
     game, full = GAMES[num_actions]
     env = Overlay(Atari(Args(env_id=game, full_action_space=full)), "test", 0.0)
     env.reset(seed=1)
+    assert env.action_space.n == num_actions
+    return env, env.env.ale.cloneSystemState()
+
+
+def make_overlay(num_actions: int) -> Overlay:
+    """Each has the start of the game before it, and attributes of its own."""
+    env, state = started_overlay(num_actions)
+    env = copy.copy(env)
+    env.env = copy.copy(env.env)
+    env.env.ale.restoreSystemState(state)
+    env.env.stack, env.env.screens = env.env.stack.copy(), env.env.screens.copy()
+    env.new_game()
     return env
 
 

@@ -1,6 +1,7 @@
 """Bootstrapped DQN's masks, priors, heads, update, votes and overlay against direct computations."""
 
 import copy
+import functools
 import math
 from unittest.mock import Mock
 
@@ -124,7 +125,7 @@ def test_prior_is_frozen_shared_and_saved():
 def test_checkpoint_restores_the_agent(tmp_path):
     """Through a file, as --resume does: values, target, optimizer and sums are the same, and so is the next update."""
     agent = with_other_target(make_agent(precision="bfloat16"))
-    batch = masked_batch(3)
+    batch = masked_batch(3, size=4)
     agent.update(*batch)
     torch.save(agent.state_dict(), tmp_path / "agent.pt")
     torch.manual_seed(99)
@@ -220,7 +221,7 @@ def test_head_that_a_transition_does_not_belong_to_learns_nothing():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_one_head_without_masks_and_prior_is_double_dqn(precision):
-    """Ten updates and a target copy equal those of dqn_atari.py's network with a double-Q target, written out here."""
+    """Five updates and a target copy equal those of dqn_atari.py's network with a double-Q target, written out here."""
     agent = make_agent(4, num_heads=1, prior_scale=0, max_grad_norm=1e9, precision=precision, learning_rate=1e-3)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     network, target = dqn_atari.QNetwork(4, dtype), dqn_atari.QNetwork(4, dtype)
@@ -234,8 +235,8 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
         frames = torch.randint(0, 256, (2, SIZE, SIZE), dtype=torch.uint8)
         ends = torch.rand(2)
         replay.add(frames, torch.randint(4, (2,)), torch.randn(2), ends < 0.1, ends > 0.95)
-    for update in range(10):
-        batch = replay.sample(16)
+    for update in range(5):
+        batch = replay.sample(8)
         assert batch.masks.all()
         agent.update(*batch)
         observations, actions, rewards, next_observations, discounts, _ = batch
@@ -247,13 +248,13 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if update == 4:
+        if update == 1:
             agent.update_target()
             target.load_state_dict(network.state_dict())
         assert agent.metrics.take()["td_loss"] == pytest.approx(loss.item(), rel=1e-4)
     for ours, theirs in zip(agent.q_network.parameters(), network.parameters()):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    actions = agent.act(observations, torch.tensor(0.0), torch.zeros(16, dtype=torch.int64))
+    actions = agent.act(observations, torch.tensor(0.0), torch.zeros(8, dtype=torch.int64))
     assert torch.equal(actions, network(observations).argmax(1))
 
 
@@ -387,21 +388,18 @@ def test_returns_and_states_n_steps_later_are_the_direct_ones(n_step):
         if step not in (12, 29, 30, 74):
             continue
         stored = range(max(0, step + 1 - 30 + HISTORY), step + 1 - n_step)
-        valid = {(env, t) for env in range(2) for t in stored if naive[env].transition(t) is not None}
-        drawn = set()
-        for _ in range(40):
-            batch = replay.sample(32)
-            for i in range(32):
-                env, t = batch.observations[i, -1, 0, :2].tolist()
-                stack, action, total, next_stack, discount = naive[env].transition(t)
-                np.testing.assert_array_equal(batch.observations[i].numpy(), stack)
-                assert batch.actions[i] == action
-                assert batch.returns[i].item() == pytest.approx(total, abs=1e-6)
-                assert batch.discounts[i].item() == pytest.approx(discount)
-                if next_stack is not None:
-                    np.testing.assert_array_equal(batch.next_observations[i].numpy(), next_stack)
-                drawn.add((env, t))
-        assert drawn == valid
+        transitions = {(env, t): naive[env].transition(t) for env in range(2) for t in stored}
+        valid = {place: transition for place, transition in transitions.items() if transition is not None}
+        batch = replay.sample(1280)
+        drawn = [tuple(tags) for tags in batch.observations[:, -1, 0, :2].tolist()]
+        assert set(drawn) == set(valid)
+        stacks, actions, returns, next_stacks, discounts = zip(*(valid[place] for place in drawn))
+        running = [i for i, next_stack in enumerate(next_stacks) if next_stack is not None]
+        assert np.array_equal(batch.observations, np.stack(stacks))
+        assert batch.actions.tolist() == list(actions)
+        np.testing.assert_allclose(batch.returns, returns, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(batch.discounts, discounts, rtol=1e-6)
+        assert np.array_equal(batch.next_observations[running], np.stack([next_stacks[i] for i in running]))
 
 
 @pytest.mark.parametrize("num_heads", [1, 9, 31])
@@ -498,6 +496,7 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
     monkeypatch.setattr(Agent, "act", act)
     monkeypatch.setattr(AtariVector, "recv", recv)
     monkeypatch.setattr(bootstrapped_dqn_atari, "Tracker", lambda *_, **flags: tracker)
+    monkeypatch.setattr(bootstrapped_dqn_atari, "QNetwork", with_small_trunk(QNetwork))
     monkeypatch.setattr(bootstrapped_dqn_atari, "evaluate", lambda *arguments, **flags: None)
     args = Args(env_id="Breakout", num_envs=3, batch_size=8, precision="float32", num_heads=31, num_workers=0)
     args.total_timesteps, args.learning_starts, args.buffer_size, args.start_e = 2400, 2399, 2400, 1.0
@@ -603,11 +602,23 @@ GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
 TOP, LEFT = 114, 634  # of the map
 
 
-def make_overlay(num_actions: int) -> Overlay:
+@functools.cache
+def started_overlay(num_actions: int) -> tuple[Overlay, dict]:
+    """An overlay of a game that has begun, and the game's state: to load a cartridge takes longer than most tests."""
     game, full = GAMES[num_actions]
     env = Overlay(Atari(Args(env_id=game, full_action_space=full)), "test", 0.01)
     env.reset(seed=1)
     assert env.action_space.n == num_actions
+    return env, env.env.state_dict()
+
+
+def make_overlay(num_actions: int) -> Overlay:
+    """Each has the start of the game before it, and attributes of its own."""
+    env, state = started_overlay(num_actions)
+    env = copy.copy(env)
+    env.env = copy.copy(env.env)
+    env.env.load_state_dict(state)
+    env.new_game()
     return env
 
 

@@ -1,6 +1,7 @@
 """C51's projection, update, acting, flags and overlay against direct computations and known return distributions."""
 
 import copy
+import functools
 import itertools
 
 import numpy as np
@@ -162,9 +163,9 @@ def all_outcomes(process) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(
     "process, gamma, network, precision",
     [
-        (TREE, 0.5, with_small_trunk(QNetwork), "float32"),
+        (LOOPS, 0.9, with_small_trunk(QNetwork), "float32"),
         pytest.param(TREE, 0.5, with_small_trunk(QNetwork), *IN_BFLOAT16.values, marks=IN_BFLOAT16.marks),
-        (LOOPS, 0.9, QNetwork, "auto"),
+        (TREE, 0.5, QNetwork, "auto"),
     ],
 )
 @pytest.mark.slow
@@ -182,7 +183,8 @@ def test_update_converges_to_the_return_distributions(monkeypatch, process, gamm
             assert true.sum() == pytest.approx(1)
             np.testing.assert_allclose(expected[state, action], true, atol=1e-12)
     batch = all_outcomes(process)
-    for update in range(200):
+    num_updates = 120 if process is TREE else 200  # no return of TREE is farther away than four copies of the target
+    for update in range(num_updates):
         agent.update(*batch)
         if update % 20 == 0:
             agent.update_target()
@@ -361,11 +363,23 @@ class RecordedOverlay(Overlay):
         return super().text(text, x, y, *style, **options)
 
 
-def make_overlay(num_actions: int) -> RecordedOverlay:
+@functools.cache
+def started_overlay(num_actions: int) -> tuple[RecordedOverlay, dict]:
+    """An overlay of a game that has begun, and the game's state: to load a cartridge takes longer than most tests."""
     game, full = GAMES[num_actions]
     env = RecordedOverlay(Atari(Args(env_id=game, full_action_space=full)), "test", 0.01)
     env.reset(seed=1)
     assert env.action_space.n == num_actions
+    return env, env.env.state_dict()
+
+
+def make_overlay(num_actions: int) -> RecordedOverlay:
+    """Each has the start of the game before it, and attributes of its own."""
+    env, state = started_overlay(num_actions)
+    env = copy.copy(env)
+    env.env = copy.copy(env.env)
+    env.env.load_state_dict(state)
+    env.new_game()
     return env
 
 

@@ -1,19 +1,19 @@
 """Checkpoints: whole or refused with one sentence, never half written, written by one process, trusted with nothing."""
 
+import functools
 import importlib
 import itertools
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import NO_EXTRAS, OFTEN, run, run_folder, start, wait_for
+from helpers import NO_EXTRAS, OFTEN, run, run_folder, start, wait_for, with_small_trunk
 
 import apex_dqn_atari
 import dqn_atari
@@ -33,12 +33,35 @@ def no_evaluation(*args, **kwargs):
     pass
 
 
-def call_main(monkeypatch, folder: Path, flags: str, script="dqn_atari") -> int:
-    """``main`` of a script in this process, as from the shell; without evaluations, which take most of the time."""
+class KeptGames:
+    """Stands in for ``Game``: the three of a start are made once for all, since a reset or a restore leaves nothing."""
+
+    def __init__(self, game: type):
+        self.find_game = game.find_game
+        self.games = itertools.cycle([game(dqn_atari.Args()) for _ in range(3)])
+
+    def __call__(self, args):
+        game = next(self.games)
+        game.game_ended = True  # as in one that has just been made
+        return game
+
+
+@functools.cache
+def stand_ins(script: str) -> dict:
+    """By name, what a script is given to be fast."""
+    module = importlib.import_module(script)
+    network = "ActorCritic" if script == "ppo_atari" else "QNetwork"
+    return {"Game": KeptGames(module.Game), network: with_small_trunk(getattr(module, network))}
+
+
+def call_main(monkeypatch, folder: Path, flags: str, script="dqn_atari", evaluate=no_evaluation) -> int:
+    """``main`` of a script in this process, as from the shell; small, and without evaluations: they take the time."""
     module = importlib.import_module(script)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [script, *flags.split()])
-    monkeypatch.setattr(module, "evaluate", no_evaluation)
+    for name, stand_in in stand_ins(script).items():
+        monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setattr(module, "evaluate", evaluate)
     monkeypatch.setattr(module, "keep_freed_memory", no_evaluation)
     monkeypatch.setattr(torch, "set_num_threads", no_evaluation)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -148,21 +171,8 @@ REPLAY_CHANGES = {
 }
 
 
-class KeptGames:
-    """Stands in for ``Game``: the three of a start are made once for all, since a checkpoint restores all of a game."""
-
-    def __init__(self, game: type):
-        self.find_game = game.find_game
-        self.games = itertools.cycle([game(dqn_atari.Args()) for _ in range(3)])
-
-    def __call__(self, args):
-        return next(self.games)
-
-
 def test_what_is_not_whole_is_refused_with_one_sentence(trained, tmp_path, monkeypatch):
     script, folder = trained
-    module = importlib.import_module(script)
-    monkeypatch.setattr(module, "Game", KeptGames(module.Game))
     changes = CHANGES | (REPLAY_CHANGES if script != "ppo_atari" else {})
     for name, change in changes.items():
         contents = torch.load(folder / "checkpoint.pt", weights_only=True)
@@ -370,15 +380,22 @@ def test_every_failed_checkpoint_warns_with_the_reason_of_the_disk(tmp_path, mon
     assert "Not a directory" in capsys.readouterr().err or path.read_bytes() == before
 
 
-def test_full_disk_is_called_by_its_name(tmp_path):
+def test_full_disk_is_called_by_its_name(tmp_path, capfd):
     """Torch raises "unexpected pos" when a write fails."""
-    code = "import resource, signal, sys, pathlib, torch\nsys.path.insert(0, sys.argv[1])\nimport dqn_atari\n"
-    code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000000,) * 2)\n"
-    code += "assert not dqn_atari.save(pathlib.Path('checkpoint.pt'), {'a': torch.zeros(10**6)})\n"
-    root = str(Path(dqn_atari.__file__).parent)
-    result = subprocess.run([sys.executable, "-c", code, root], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "File too large" in result.stderr and "unexpected pos" not in result.stderr
+    resource = pytest.importorskip("resource")
+    contents = {"a": torch.zeros(10**6)}
+
+    def save_on_a_small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000,) * 2)
+        assert not dqn_atari.save(tmp_path / "checkpoint.pt", contents)
+
+    process = multiprocessing.get_context("fork").Process(target=save_on_a_small_disk)
+    process.start()
+    process.join()
+    printed = capfd.readouterr().err
+    assert process.exitcode == 0, printed
+    assert "File too large" in printed and "unexpected pos" not in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -388,7 +405,7 @@ def test_removed_run_folder_is_made_again(tmp_path):
 
 
 def test_stop_says_what_there_is_to_go_on_with(tmp_path):
-    say = partial(dqn_atari.how_to_go_on, dqn_atari.Args(total_timesteps=100))
+    say = functools.partial(dqn_atari.how_to_go_on, dqn_atari.Args(total_timesteps=100))
     assert say(tmp_path, 80, None) == "stopped at step 80; nothing could be saved"
     (tmp_path / "checkpoint.pt").touch()
     assert say(tmp_path, 80, 80) == f"stopped at step 80; go on with: --resume {tmp_path}"
@@ -406,20 +423,14 @@ def test_stop_says_what_there_is_to_go_on_with(tmp_path):
 @pytest.mark.parametrize("script", SERIAL)
 def test_checkpoint_stands_before_the_evaluation_of_its_step(script, tmp_path, monkeypatch):
     """What breaks in an evaluation costs nothing: not in the middle of a run, and not at its end."""
-    module = importlib.import_module(script)
     flags = FLAGS + (ON_POLICY if script == "ppo_atari" else OFF_POLICY)
     flags = flags.replace("--eval-frequency 0", "--eval-frequency 400 --checkpoint-minutes 1e-9")
 
     def broken(*args, **kwargs):
         raise ArithmeticError
 
-    monkeypatch.setattr(sys, "argv", [script, *flags.split()])
-    monkeypatch.setattr(module, "evaluate", broken)
-    monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(ArithmeticError):
-        module.main()
+        call_main(monkeypatch, tmp_path, flags, script, broken)
     assert torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 40
 
 

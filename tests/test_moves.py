@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -61,6 +62,28 @@ class PretendedDevices(TorchFunctionMode):
         if "device" in kwargs:
             kwargs["device"] = CPU
         return self.put(func(*args, **kwargs), device)
+
+
+def slim(network: type) -> type:
+    """Without the layer that most of the weights are in; it cannot compute anything."""
+
+    class Slim(network):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            for i, layer in enumerate(self.trunk):
+                if isinstance(layer, nn.Linear):
+                    self.trunk[i] = nn.Linear(8, layer.out_features)
+
+    return Slim
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slim_networks():
+    with pytest.MonkeyPatch.context() as patch:
+        for script in (*SCRIPTS, dqn_atari_visual):
+            name = "ActorCritic" if script is ppo_atari else "QNetwork"
+            patch.setattr(script, name, slim(getattr(script, name)))
+        yield
 
 
 def make_agent(script, device="cpu", seed=0, **flags):

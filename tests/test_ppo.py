@@ -1,12 +1,14 @@
 """PPO's network, rollout, losses, overlay and ranks against direct computations and a decision process."""
 
 import copy
+import functools
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,6 +19,7 @@ from conftest import ROOT
 from helpers import (
     IN_BFLOAT16,
     assert_group_is_gone,
+    children,
     drawn_texts,
     run,
     run_folder,
@@ -174,6 +177,7 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     args.max_episode_frames, args.total_timesteps, args.wandb_mode = 220, 160 * num_envs, "disabled"
     args.update_epochs = 1
     args.precision, args.seed = precision, 5
+    monkeypatch.setattr(ppo_atari, "ActorCritic", with_small_trunk(ActorCritic))
     args.learning_rate = 0.01  # after an iteration the network is another one: who plays with the old one is found out
     rollouts, networks, original = [], [], Rollout.estimate_advantages
 
@@ -199,14 +203,8 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     kinds, logged = np.zeros(2, int), []
     for iteration, (rollout, network) in enumerate(zip(rollouts, networks)):
         rewards, terminated, truncated, final_values = np.zeros((4, 80, num_envs))
-        expected_ended = []
+        played, expected_ended = [observations.copy()], []
         for t in range(80):
-            assert torch.equal(rollout.observations[t], torch.from_numpy(observations))
-            with torch.no_grad():
-                logits, values = network(torch.from_numpy(observations))
-            log_policy = logits.log_softmax(1)[range(num_envs), rollout.actions[t]]
-            torch.testing.assert_close(rollout.values[t], values, **tolerance)
-            torch.testing.assert_close(rollout.logprobs[t], log_policy, **tolerance)
             for i, game in enumerate(games):
                 action = int(rollout.actions[t, i])
                 observation, rewards[t, i], terminated[t, i], truncated[t, i], info = game.step(action)
@@ -215,9 +213,14 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
                 if truncated[t, i]:
                     final_values[t, i] = network(torch.from_numpy(observation[None]))[1].item()
                 observations[i] = game.reset()[0] if terminated[t, i] or truncated[t, i] else observation
-        assert torch.equal(rollout.observations[80], torch.from_numpy(observations))
-        last_values = network(torch.from_numpy(observations))[1].detach()
-        torch.testing.assert_close(rollout.values[80], last_values, **tolerance)
+            played.append(observations.copy())
+        assert torch.equal(rollout.observations, torch.from_numpy(np.stack(played)))
+        with torch.no_grad():
+            logits, values = network(rollout.observations.flatten(0, 1))
+        torch.testing.assert_close(rollout.values, values.view(81, num_envs), **tolerance)
+        log_policy = logits.log_softmax(1).view(81, num_envs, -1)[:80]
+        log_policy = log_policy.gather(2, rollout.actions[:, :, None]).squeeze(2)
+        torch.testing.assert_close(rollout.logprobs, log_policy, **tolerance)
         logged += [((80 * iteration + step) * num_envs, episodic_return) for step, episodic_return in expected_ended]
         kinds += [int(terminated.sum()), int(truncated.sum())]
         direct = (rewards, terminated, truncated, rollout.values.numpy(), final_values, args.gamma, args.gae_lambda)
@@ -230,33 +233,44 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     assert points == {step: np.mean(ended_together) for step, ended_together in returns.items()}
 
 
-@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
-@pytest.mark.slow
-def test_games_go_on_where_they_were(num_workers):
-    """... however they are divided among halves and processes."""
-    games, others = (Halves(Args(env_id="Pong", num_envs=4, num_workers=workers)) for workers in (2, num_workers))
-    rng = np.random.default_rng(0)
+def play(games: Halves, actions: np.ndarray) -> np.ndarray:
+    """The observations before and after each of the steps with ``actions`` [steps, envs]."""
+    seen = [np.concatenate([half.observations for half in games.halves])]
+    for of_step in actions:
+        for half in games.halves:
+            half.send(of_step[half.columns])
+        seen.append(np.concatenate([half.recv()[0] for half in games.halves]))
+    return np.stack(seen)
 
-    def step(one: Halves, actions: np.ndarray) -> np.ndarray:
-        for half in one.halves:
-            half.send(actions[half.columns])
-        return np.concatenate([half.recv()[0] for half in one.halves])
 
-    try:
-        games.reset(3, first=0)
-        for _ in range(20):
-            step(games, rng.integers(6, size=4))
-        others.load_state_dict(games.state_dict())
-        seen = [np.concatenate([half.observations for half in one.halves]) for one in (games, others)]
-        np.testing.assert_array_equal(*seen)
-        for _ in range(20):
-            actions = rng.integers(6, size=4)
-            np.testing.assert_array_equal(step(games, actions), step(others, actions))
-    finally:
-        others.close()  # its workers were forked last and hold the pipes of the first
-        games.close()
+def assert_workers_have_ended(games: Halves) -> None:
     for half in games.halves:  # those that had to be killed held up the end of the run
         assert [worker.exitcode for worker in half.workers] == [0] * len(half.workers)
+
+
+@pytest.fixture(scope="module")
+def games_in_halves() -> tuple[list[dict], np.ndarray, np.ndarray]:
+    """The states of four games that have begun, the actions of the 20 steps that follow, and what is seen of them."""
+    actions = np.random.default_rng(0).integers(6, size=(40, 4))
+    with closing(Halves(Args(env_id="Pong", num_envs=4, num_workers=2))) as games:
+        games.reset(3, first=0)
+        play(games, actions[:20])
+        states = games.state_dict()
+        seen = play(games, actions[20:])
+    assert_workers_have_ended(games)
+    return states, actions[20:], seen
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
+@pytest.mark.slow
+def test_games_go_on_where_they_were(games_in_halves, num_workers):
+    """... however they are divided among halves and processes."""
+    states, actions, seen = games_in_halves
+    assert len({stack.tobytes() for stack in seen[-1]}) == 4  # no two games are alike
+    with closing(Halves(Args(env_id="Pong", num_envs=4, num_workers=num_workers))) as others:
+        others.load_state_dict(states)
+        np.testing.assert_array_equal(play(others, actions), seen)
+    assert_workers_have_ended(others)
 
 
 # ----------------------------------------------------------------------------------------------- acting and learning
@@ -278,8 +292,9 @@ def test_network_starts_as_it_should():
 
 
 @pytest.mark.slow
-def test_actions_are_drawn_from_the_policy():
+def test_actions_are_drawn_from_the_policy(monkeypatch):
     """Frequencies of 3,000 actions in two states, with the log probabilities and values that belong to them."""
+    monkeypatch.setattr(ppo_atari, "ActorCritic", with_small_trunk(ActorCritic))
     agent = make_agent(10)
     with torch.no_grad():
         agent.network.actor.weight.mul_(150)
@@ -502,7 +517,8 @@ def test_policy_and_values_converge(monkeypatch, network, precision):
     rollout = make_rollout(num_steps, num_envs, gamma=gamma)
     rng, states = np.random.default_rng(0), [0, 1, 2, 3, 4, 0, 1, 2]
     pictures = torch.stack([state_frame(state).expand(STACK, -1, -1) for state in range(num_states)])
-    for iteration in range(14):
+    for iteration in range(12):
+        next_values = agent.value(pictures).numpy()
         rewards, ends = np.zeros((num_steps, num_envs), np.float32), np.zeros((num_steps, num_envs), bool)
         for t in range(num_steps):
             rollout.observations[t] = pictures[states]
@@ -510,17 +526,16 @@ def test_policy_and_values_converge(monkeypatch, network, precision):
             outcomes = [corridor(state, action) for state, action in zip(states, rollout.actions[t].tolist())]
             rewards[t], ends[t] = [outcome[1] for outcome in outcomes], [outcome[2] for outcome in outcomes]
             cut_off = (rng.random(num_envs) < 0.2) & ~ends[t]
-            final_values = agent.value(pictures[[outcome[0] for outcome in outcomes]]).numpy()
-            rewards[t] += gamma * final_values * cut_off
+            rewards[t] += gamma * next_values[[outcome[0] for outcome in outcomes]] * cut_off
             ends[t] |= cut_off
             starts = rng.integers(num_states, size=num_envs)
             states = [int(start) if end else outcome[0] for start, end, outcome in zip(starts, ends[t], outcomes)]
         rollout.observations[-1] = pictures[states]
         rollout.values[-1] = agent.value(rollout.observations[-1])
         rollout.estimate_advantages(torch.from_numpy(rewards), torch.from_numpy(ends))
-        agent.learning_rate.fill_(5e-4 * (1 - iteration / 14))
-        for _ in range(4):
-            indices = torch.randperm(num_steps * num_envs).view(4, -1)
+        agent.learning_rate.fill_(5e-4 * (1 - iteration / 12))
+        for _ in range(3):
+            indices = torch.randperm(num_steps * num_envs).view(8, -1)
             for rows, advantages in zip(indices, normalize(rollout.advantages.flatten()[indices])):
                 agent.compute_gradients(*rollout.minibatch(rows), advantages)
                 agent.apply_gradients()
@@ -585,11 +600,23 @@ def test_captured_acting_draws_anew():
 GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
 
 
-def make_overlay(num_actions: int) -> Overlay:
+@functools.cache
+def started_overlay(num_actions: int) -> tuple[Overlay, dict]:
+    """An overlay of a game that has begun, and the game's state: to load a cartridge takes longer than most tests."""
     game, full = GAMES[num_actions]
     env = Overlay(Atari(Args(env_id=game, full_action_space=full)), "test", 0.0)
     env.reset(seed=1)
     assert env.action_space.n == num_actions
+    return env, env.env.state_dict()
+
+
+def make_overlay(num_actions: int) -> Overlay:
+    """Each has the start of the game before it, and attributes of its own."""
+    env, state = started_overlay(num_actions)
+    env = copy.copy(env)
+    env.env = copy.copy(env.env)
+    env.env.load_state_dict(state)
+    env.new_game()
     return env
 
 
@@ -763,11 +790,9 @@ def as_ranks() -> list[dict]:
 def test_two_ranks_learn_as_one_process(tmp_path):
     """Both ranks have the same parameters after every update, and those of one process fed the minibatches of both."""
     paths = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, path], env=environment)
-        for path, environment in zip(paths, as_ranks())
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    ranks = [start(tmp_path, str(path), __file__, environment) for path, environment in zip(paths, as_ranks())]
+    outputs = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
     torch.manual_seed(derive_seed(7, 0))
     agent = Agent(Args(**TWO_RANKS), 4, CPU)
     records = list(zip(*(torch.load(path) for path in paths)))
@@ -808,13 +833,13 @@ def test_ranks_end_together_and_go_on_alone(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert "step 1,200: return" in outputs[0][0] and not outputs[1][0]  # only rank 0 speaks
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    command += ["--master-port", as_ranks()[0]["MASTER_PORT"], ROOT / "ppo_atari.py", *RANKS.split()]
-    torchrun = subprocess.Popen(command, cwd=killed, **options)
+    script = tmp_path / "torchrun.py"
+    script.write_text("from torch.distributed.run import main; main()")
+    flags = f"--nproc-per-node 2 --max-restarts 1 --master-port {as_ranks()[0]['MASTER_PORT']}"
+    flags += f" {ROOT / 'ppo_atari.py'} {RANKS}"
+    torchrun = start(killed, flags, script)
     wait_for(lambda: list(killed.glob("runs/*/checkpoint.pt")), torchrun)
-    victim = int(Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()[1])
-    os.kill(victim, signal.SIGKILL)
+    os.kill(children(torchrun.pid)[1], signal.SIGKILL)
     stdout, stderr = torchrun.communicate(timeout=120)
     assert torchrun.returncode == 0, stderr
     assert "has lost another rank: go on from the last checkpoint" in stderr

@@ -1,7 +1,5 @@
 """The single-frame replay against a naive list of full transitions."""
 
-import resource
-import subprocess
 import sys
 
 import numpy as np
@@ -45,8 +43,8 @@ def test_samples_equal_full_transitions(num_envs):
         }
         expected = {(i, t): naive[i].transition(t) for i, t in valid}
         drawn = set()
-        for _ in range(40 * num_envs):
-            batch = replay.sample(32)
+        for _ in range(2 * num_envs):
+            batch = replay.sample(320)
             tags = batch.observations[:, -1, 0, [0, 4]].tolist()
             drawn.update(map(tuple, tags))
             stacks, actions, rewards, next_stacks, discounts = zip(*(expected[i, t] for i, t in tags))
@@ -183,8 +181,9 @@ def test_loading_makes_no_second_copy():
         assert largest.nbytes < 100
 
 
-FILL = """
-import resource, torch
+FILL = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
 from dqn_atari import SIZE, Replay
 
 def resident():
@@ -203,25 +202,37 @@ print(bool(replay.frames[20_000:21_000].any() or replay.frames[-1000:].any()))
 
 @on_linux
 @pytest.mark.slow
-def test_memory_is_taken_as_it_is_filled():
+def test_memory_is_taken_as_it_is_filled(tmp_path):
     """Of a replay of 700 MB, hardly any at first; its frames are zeros all the same.
 
     In a process of its own: one that has freed much memory would give it to the replay, and take none.
     """
-    result = subprocess.run([sys.executable, "-c", FILL], cwd=ROOT, capture_output=True, text=True, check=True)
+    script = tmp_path / "fill.py"
+    script.write_text(FILL)
+    result = run(tmp_path, "", script)
+    assert result.returncode == 0, result.stderr
     at_first, filled, any_set = result.stdout.split()
     assert int(at_first) < 50e6
     assert 141e6 < int(filled) < 250e6
     assert any_set == "False"
 
 
+LIMITED = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({str(ROOT / "dqn_atari.py")!r}, run_name="__main__")
+"""
+
+
 @on_linux
 @pytest.mark.slow
 def test_limit_of_the_shell_is_told_in_one_sentence(tmp_path):
     """With ``ulimit -d`` the memory is there, and this process cannot have it."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))  # noqa: E731
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
     flags = "--device cpu --env-id Pong --num-envs 1 --num-workers 0 --wandb-mode disabled --buffer-size 320000"
-    result = run(tmp_path, flags, preexec_fn=limit)
+    result = run(tmp_path, flags, script)
     assert result.returncode == 1
     assert result.stderr == (
         "error: the replay needs 2.3 GB, more than this process may have (ulimit): lower --buffer-size\n"

@@ -1,9 +1,13 @@
 """The vector of environments: the same games whether in workers or not, and no process left behind."""
 
+import copy
+import functools
 import os
 import signal
 import sys
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,55 +23,74 @@ def alive(pid: int) -> bool:
         return False
 
 
+PLAYED = Args(env_id="Breakout", num_envs=3, max_episode_frames=640)
+
+
+class Outcome(NamedTuple):
+    """What a step brings to all environments: observations to act on, and those that the step itself has led to."""
+
+    actions: np.ndarray
+    observations: np.ndarray
+    last_observations: np.ndarray
+    rewards: list[float]
+    terminated: list[bool]
+    truncated: list[bool]
+    games: list[dict]
+
+
+@functools.cache
+def one_by_one() -> tuple[np.ndarray, list[Outcome]]:
+    """First observations and 300 steps of environments that are each on its own, with the seeds that 10 leads to."""
+    singles = [Atari(PLAYED) for _ in range(PLAYED.num_envs)]
+    first = np.stack([env.reset(seed=derive_seed(10, i))[0] for i, env in enumerate(singles)])
+    rng, outcomes = np.random.default_rng(0), []
+    for _ in range(300):
+        actions = rng.integers(4, size=PLAYED.num_envs)
+        steps = [env.step(action) for env, action in zip(singles, actions.tolist())]
+        observations, rewards, terminated, truncated, infos = zip(*steps)
+        last = np.stack(observations)
+        for env, end, cut in zip(singles, terminated, truncated):
+            if end or cut:
+                env.reset()  # overwrites its observation
+        games = [info["episode"] | {"env": i} for i, info in enumerate(infos) if info]
+        outcomes.append(Outcome(actions, np.stack(observations), last, rewards, terminated, truncated, games))
+    return first, outcomes
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
 @pytest.mark.slow
 def test_equals_environments_one_by_one(num_workers):
     """Observations, rewards, ends and finished games of 3 environments, each with its own seed."""
-    args = Args(env_id="Breakout", num_envs=3, num_workers=num_workers, max_episode_frames=700)
-    vector, singles = AtariVector(args), [Atari(args) for _ in range(3)]
-    observations = vector.reset(10)
-    for i, env in enumerate(singles):
-        np.testing.assert_array_equal(observations[i], env.reset(seed=derive_seed(10, i))[0])
-    rng, ended, truncations = np.random.default_rng(0), 0, 0
-    for _ in range(300):
-        actions = rng.integers(4, size=3)
-        vector.send(actions)
+    vector = AtariVector(replace(PLAYED, num_workers=num_workers))
+    first, outcomes = one_by_one()
+    np.testing.assert_array_equal(vector.reset(10), first)
+    ended = truncations = 0
+    for expected in outcomes:
+        vector.send(expected.actions)
         observations, rewards, terminated, truncated, games = vector.recv()
-        expected_games = []
-        for i, env in enumerate(singles):
-            observation, reward, end, cut, info = env.step(int(actions[i]))
-            assert (rewards[i], terminated[i], truncated[i]) == (reward, end, cut)
-            truncations += bool(cut)
-            if end or cut:
-                observation, _ = env.reset()
-            np.testing.assert_array_equal(observations[i], observation)
-            expected_games += [info["episode"] | {"env": i}] if info else []
-        assert games == expected_games
+        np.testing.assert_array_equal(observations, expected.observations)
+        assert (*rewards,) == expected.rewards
+        assert (*terminated,) == expected.terminated and (*truncated,) == expected.truncated
+        assert games == expected.games
         ended += len(games)
-    assert ended >= 3 and truncations
+        truncations += truncated.sum()
+    assert ended >= 3 and 0 < truncations < ended
     vector.close()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_last_observations_of_truncated_episodes_are_kept(num_workers):
     """... by PPO, which needs their values."""
-    args = Args(env_id="Breakout", num_envs=2, num_workers=num_workers, max_episode_frames=300)
-    vector, singles = ppo_atari.AtariVector(args), [Atari(args) for _ in range(2)]
+    vector = ppo_atari.AtariVector(replace(PLAYED, num_workers=num_workers))
     vector.reset(10)
-    for i, env in enumerate(singles):
-        env.reset(seed=derive_seed(10, i))
     cuts = 0
-    for _ in range(100):
-        vector.send(np.zeros(2, np.int64))
+    for expected in one_by_one()[1]:
+        vector.send(expected.actions)
         _, _, _, truncated, _ = vector.recv()
-        for i, env in enumerate(singles):
-            observation, _, end, cut, _ = env.step(0)
-            assert cut == truncated[i]
-            if cut:
-                np.testing.assert_array_equal(vector.outcomes["final_observation"][i], observation)
-                cuts += 1
-            if end or cut:
-                env.reset()
+        assert (*truncated,) == expected.truncated
+        for i in np.flatnonzero(truncated):
+            np.testing.assert_array_equal(vector.outcomes["final_observation"][i], expected.last_observations[i])
+            cuts += 1
     assert cuts >= 2
     vector.close()
 
@@ -75,7 +98,7 @@ def test_last_observations_of_truncated_episodes_are_kept(num_workers):
 @pytest.mark.slow
 def test_workers_can_be_spawned(monkeypatch):
     """As on macOS and Windows, where a fork is unsafe or missing."""
-    args = Args(env_id="Pong", num_envs=2, num_workers=2)
+    args = Args(env_id="Pong", num_envs=2, num_workers=1)
     forked = AtariVector(args)
     monkeypatch.setattr(sys, "platform", "darwin")
     spawned = AtariVector(args)
@@ -86,8 +109,8 @@ def test_workers_can_be_spawned(monkeypatch):
             vector.send(np.array([2, 3]))
         for a, b in zip(forked.recv(), spawned.recv()):
             np.testing.assert_array_equal(a, b)
-    os.kill(spawned.workers[1].pid, signal.SIGKILL)
-    with pytest.raises(SystemExit, match=r"worker 1 .*died with exit code -9"):
+    os.kill(spawned.workers[0].pid, signal.SIGKILL)
+    with pytest.raises(SystemExit, match=r"worker 0 .*died with exit code -9"):
         while True:
             spawned.send(np.zeros(2, np.int64))
             spawned.recv()
@@ -106,7 +129,7 @@ def test_state_moves_to_another_vector(num_workers):
         one.recv()
     other.load_state_dict(one.state_dict())
     np.testing.assert_array_equal(other.observations, one.observations)
-    for _ in range(200):
+    for _ in range(100):
         actions = rng.integers(4, size=3)
         one.send(actions), other.send(actions)
         for a, b in zip(one.recv(), other.recv()):
@@ -128,14 +151,22 @@ def test_a_share_of_the_environments_plays_their_games():
     assert len({str(game["random"]) for game in games}) == 3
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.fixture(scope="module", params=[0, 2])
+def pong(request):
+    """Two games, in this process and in workers, and their states."""
+    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=request.param))
+    vector.reset(1)
+    yield vector, vector.state_dict()
+    vector.close()
+
+
 @pytest.mark.parametrize("damage", ["missing", "garbage", "no game"])
 @pytest.mark.slow
-def test_states_that_cannot_be_loaded_raise_an_error_here(num_workers, damage):
+def test_states_that_cannot_be_loaded_raise_an_error_here(pong, damage):
     """... with its reason, whether the games are in workers or not."""
-    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=num_workers))
-    vector.reset(1)
-    states = vector.state_dict()
+    vector, states = pong
+    vector.load_state_dict(states)
+    states = copy.deepcopy(states)
     if damage == "missing":
         del states[1]["stack"]
     elif damage == "garbage":
@@ -145,21 +176,19 @@ def test_states_that_cannot_be_loaded_raise_an_error_here(num_workers, damage):
     reason = {"missing": "KeyError.*stack", "garbage": "emulator's state is damaged", "no game": "TypeError"}[damage]
     with pytest.raises(ValueError, match=reason):
         vector.load_state_dict(states)
-    vector.close()
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_states_of_another_number_of_games_are_refused(number):
-    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=0))
-    vector.reset(1)
+def test_states_of_another_number_of_games_are_refused(pong, number):
+    vector, states = pong
     with pytest.raises(ValueError, match=f"there are {number} games, not 2"):
-        vector.load_state_dict((2 * vector.state_dict())[:number])
+        vector.load_state_dict((2 * states)[:number])
 
 
 def test_close_leaves_no_process():
-    vector = AtariVector(Args(env_id="Pong", num_envs=4, num_workers=2))
+    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=2))
     vector.reset(1)
-    vector.send(np.zeros(4, np.int64))
+    vector.send(np.zeros(2, np.int64))
     pids = [worker.pid for worker in vector.workers]
     assert all(map(alive, pids))
     vector.close()
@@ -167,13 +196,13 @@ def test_close_leaves_no_process():
 
 
 def test_dead_worker_is_named():
-    vector = AtariVector(Args(env_id="Pong", num_envs=4, num_workers=2))
+    vector = AtariVector(Args(env_id="Pong", num_envs=3, num_workers=2))
     vector.reset(1)
     os.kill(vector.workers[1].pid, signal.SIGKILL)
     start = time.monotonic()
-    with pytest.raises(SystemExit, match=r"worker 1 .*environments 2 to 3\) died with exit code -9"):
+    with pytest.raises(SystemExit, match=r"worker 1 .*environments 1 to 2\) died with exit code -9"):
         while time.monotonic() < start + 10:
-            vector.send(np.zeros(4, np.int64))
+            vector.send(np.zeros(3, np.int64))
             vector.recv()
     vector.close()
 

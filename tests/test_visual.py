@@ -1,5 +1,7 @@
 """The visual laboratory: saliency maps, surprise, every panel read off its pixels, and models of dqn_atari.py."""
 
+import copy
+import functools
 import itertools
 import json
 import random
@@ -55,11 +57,22 @@ UNRECORDED = Tracker(Args(wandb_mode="disabled"), Path("run"))
 GAMES = {3: ("Freeway", False), 6: ("Pong", False), 18: ("Seaquest", True)}
 
 
+@functools.cache
+def started_game(env_id: str, full_action_space: bool) -> tuple[Atari, dict]:
+    """A game after ``reset`` and its state: what a start costs is paid once for all tests that only draw."""
+    game = Atari(Args(env_id=env_id, full_action_space=full_action_space))
+    game.reset(seed=1)
+    return game, game.state_dict()
+
+
 def make_overlay(num_actions=6, **flags) -> Overlay:
+    """A game that has just been started; it ends the one that was made before in the same emulator."""
     game, full = GAMES[num_actions]
     args = Args(**({"env_id": game, "full_action_space": full} | flags))
-    env = Overlay(Atari(args), "dqn_atari_visual \u2022 trained 10,000,000 steps", args)
-    env.reset(seed=1)
+    game, state = started_game(args.env_id, args.full_action_space)
+    game = copy.copy(game)  # attributes that a test sets are its own
+    game.load_state_dict(state)
+    env = Overlay(game, "dqn_atari_visual \u2022 trained 10,000,000 steps", args)
     assert env.action_space.n == num_actions
     return env
 
@@ -158,7 +171,7 @@ def test_perturbation_saliency_is_the_papers():
 @pytest.mark.parametrize("method", SALIENCY)
 def test_saliency_leaves_gradients_and_parameters_alone(method):
     agent = Agent(Args(precision="bfloat16"), 4, CPU)
-    agent.update(*random_batch(num_actions=4))
+    agent.update(*random_batch(size=8, num_actions=4))
     before = [(x.clone(), x.grad.clone()) for x in agent.q_network.parameters()]
     saliency = SALIENCY[method](agent.q_network, noise(), 1)
     assert np.isfinite(saliency).all() and saliency.min() >= 0 and saliency.max() > 0
@@ -256,10 +269,10 @@ def test_histories_are_bounded():
 @pytest.mark.slow
 def test_evaluation_leaves_no_trace(tmp_path, device):
     """Random states, gradients, parameters and optimizer are what they were."""
-    args = Args(env_id="Pong", eval_episodes=1, max_episode_frames=160, video_length=20, precision="bfloat16")
+    args = Args(env_id="Pong", eval_episodes=1, max_episode_frames=40, video_length=3, precision="bfloat16")
     device = torch.device(device)
     agent = Agent(args, 6, device)
-    agent.update(*(x.to(device) for x in random_batch(num_actions=6)))
+    agent.update(*(x.to(device) for x in random_batch(size=8, num_actions=6)))
 
     def state():
         tensors = [*agent.q_network.parameters(), *(x.grad for x in agent.q_network.parameters())]
@@ -275,7 +288,7 @@ def test_evaluation_leaves_no_trace(tmp_path, device):
         evaluate(args, agent, 100, tmp_path, UNRECORDED)
         assert all(map(torch.equal, tensors, state()[0])) and others == state()[1]
     meta, frames = read_video(tmp_path / "videos" / "0000000100.mp4")
-    assert (meta["size"], len(frames)) == ((1280, 720), 20) and meta["pix_fmt"].startswith("yuv420p")
+    assert (meta["size"], len(frames)) == ((1280, 720), 3) and meta["pix_fmt"].startswith("yuv420p")
 
 
 @pytest.mark.slow
@@ -283,11 +296,11 @@ def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
     calls = []
     record = lambda *inputs: calls.append(inputs) or np.ones((SIZE, SIZE), np.float32)  # noqa: E731
     monkeypatch.setitem(SALIENCY, "gradient", record)
-    args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=160, video_length=15, saliency="gradient")
+    args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=60, video_length=8, saliency="gradient")
     args.precision, args.eval_epsilon = "float32", 0.5  # the map is that of the greedy action, not of the one taken
     agent = Agent(args, 6, CPU)
     evaluate(args, agent, 0, tmp_path, UNRECORDED)
-    assert len(calls) == 15
+    assert len(calls) == 8
     for network, observation, action in calls:
         assert network is agent.q_network and action == agent.think(observation)[1]
     for flags in ({"capture_video": False}, {"saliency": "none"}):
@@ -589,7 +602,7 @@ def test_every_color_has_its_word():
 def test_lives_are_shown_where_there_are_some(game, lives):
     env = Overlay(Atari(Args(env_id=game)), "", Args())
     env.canvas = Recording(1280, 720)
-    env.reset(seed=1)
+    env.reset()
     env.note(np.zeros(env.action_space.n, np.float32), 0)
     env.render()
     env.env.lives = 0  # of the last life nothing is left
@@ -719,10 +732,8 @@ def test_adding_a_panel(monkeypatch, panels):
     monkeypatch.setattr(dqn_atari_visual, "PANELS", dict(PANELS))
     exec(MARGIN_PANEL, vars(dqn_atari_visual))
     monkeypatch.delattr(dqn_atari_visual, "Margin")
-    args = Args(env_id="Pong", panels=panels)
-    check_args(args)
-    env = Overlay(Atari(args), "", args)
-    env.reset(seed=1)
+    check_args(Args(env_id="Pong", panels=panels))
+    env = make_overlay(panels=panels)
     for step in range(TRACE_STEPS):
         env.note(np.array([0, 1, 2, 3, 4, 5 + step], np.float32), 5)
     picture, box = inside(env, "margin")
@@ -764,33 +775,34 @@ def play(folder: Path, script: str, flags: str) -> str:
 
 
 # epsilon does not depend on the length of the run: one that is resumed can be compared with one that is not
-FLAGS = "--device cpu --env-id Breakout --num-envs 4 --learning-starts 400 --buffer-size 1000 --start-e 0.1 --end-e 0.1"
+FLAGS = "--device cpu --env-id Breakout --num-envs 2 --learning-starts 60 --buffer-size 500 --start-e 0.1 --end-e 0.1"
+FLAGS += " --batch-size 8 --target-network-frequency 30 --max-episode-frames 200"
 FLAGS += " --eval-episodes 1 --eval-frequency 0 --no-capture-video --wandb-mode disabled"
 
 
 @pytest.fixture(scope="module")
 def dqn_run(tmp_path_factory) -> Path:
-    """The folder of a run of dqn_atari.py, 600 steps."""
+    """The folder of a run of dqn_atari.py, 120 steps."""
     folder = tmp_path_factory.mktemp("dqn")
-    play(folder, "dqn_atari.py", FLAGS + " --total-timesteps 600")
+    play(folder, "dqn_atari.py", FLAGS + " --total-timesteps 120")
     return run_folder(folder)
 
 
 @pytest.mark.slow
 def test_models_and_checkpoints_of_dqn_play_here(dqn_run, tmp_path):
     """The same returns with the same seed; the flags that dqn_atari.py does not have take their defaults."""
-    flags = " --eval-episodes 3 --eval-epsilon 0.5"
-    special = " --capture-video --video-length 40 --panels game history --saliency gradient --wandb-mode offline"
+    flags = " --eval-episodes 3 --eval-epsilon 0.5 --max-episode-frames 108000"  # returns and lengths differ
+    special = " --capture-video --video-length 10 --panels game history --saliency gradient --wandb-mode offline"
     results = [
         play(tmp_path, "dqn_atari.py", f"--evaluate {dqn_run}/model.pt --wandb-mode disabled" + flags),
         play(tmp_path, "dqn_atari_visual.py", f"--evaluate {dqn_run}/model.pt --wandb-mode disabled" + flags),
         play(tmp_path, "dqn_atari_visual.py", f"--evaluate {dqn_run}/checkpoint.pt" + flags + special),
     ]
-    returns = [re.findall("step 600: return .*", result) for result in results]
+    returns = [re.findall("step 120: return .*", result) for result in results]
     assert len(returns[0]) == 1 and returns[0] == returns[1] == returns[2]
     (video,) = tmp_path.glob("runs/*/videos/*.mp4")
     meta, frames = read_video(video)
-    assert (meta["size"], len(frames)) == ((1280, 720), 40)
+    assert (meta["size"], len(frames)) == ((1280, 720), 10)
     check_wandb_record(tmp_path)
 
 
@@ -821,14 +833,14 @@ def check_wandb_record(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_run_of_dqn_goes_on_here_bit_identical(dqn_run, tmp_path):
-    """600 steps there and 400 here, with evaluations, videos and saliency between them: the network of 1,000 there."""
-    play(tmp_path, "dqn_atari.py", FLAGS + " --total-timesteps 1000")
-    flags = f"--resume {dqn_run} --total-timesteps 1000 --eval-frequency 200 --capture-video --video-length 20"
+    """120 steps there and 80 here, with evaluations, videos and saliency between them: the network of 200 there."""
+    play(tmp_path, "dqn_atari.py", FLAGS + " --total-timesteps 200")
+    flags = f"--resume {dqn_run} --total-timesteps 200 --eval-frequency 40 --capture-video --video-length 2"
     play(tmp_path, "dqn_atari_visual.py", flags)
     assert len(list((dqn_run / "videos").glob("*.mp4"))) == 2
     folders = dqn_run, run_folder(tmp_path)
     ours, theirs = (torch.load(folder / "model.pt", weights_only=True) for folder in folders)
-    assert ours["global_step"] == theirs["global_step"] == 1000
+    assert ours["global_step"] == theirs["global_step"] == 200
     for key, value in theirs["agent"]["q_network"].items():
         assert torch.equal(value, ours["agent"]["q_network"][key])
 
