@@ -35,9 +35,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """One run with everything on: 2,400 steps, evaluated at 120, at 1,200 and at the end."""
+    """One run with everything on: 1,600 steps, evaluated at 80, at 800 and at the end."""
     folder = tmp_path_factory.mktemp("recorded")
-    result = run(folder, SHORT + " --total-timesteps 2400 --eval-frequency 1200 --seed 3", cold=True)
+    result = run(folder, SHORT + " --total-timesteps 1600 --eval-frequency 800 --seed 3", cold=True)
     assert result.returncode == 0, result.stderr
     return folder, result
 
@@ -47,9 +47,9 @@ def test_run_leaves_its_files(recorded):
     files = run_folder(folder)
     assert files.name.startswith("Breakout__dqn_atari__3__")
     names = {str(path.relative_to(files)) for path in files.rglob("*") if path.is_file()}
-    assert names == {"checkpoint.pt", "model.pt", *(f"videos/000000{step}.mp4" for step in ("0120", "1200", "2400"))}
+    assert names == {"checkpoint.pt", "model.pt", *(f"videos/000000{step}.mp4" for step in ("0080", "0800", "1600"))}
     assert "wandb leet" in result.stdout and "wandb sync" in result.stdout
-    assert "step 2,400: return" in result.stdout
+    assert "step 1,600: return" in result.stdout
     assert "it/s" not in result.stderr and "step/s" not in result.stderr  # no progress bar where there is no terminal
 
 
@@ -68,7 +68,7 @@ def test_wandb_record_is_complete(recorded):
     evaluation = {"episodic_return", "episodic_return_std", "episodic_length", "repeated_rewards"}
     wanted = {f"charts/{name}" for name in charts} | {f"eval/{name}" for name in evaluation}
     assert wanted | {"losses/td_loss", "losses/q_values", "videos/eval", "images/eval"} <= logged
-    assert {item["global_step"] for item in history if "eval/episodic_return" in item} == {120, 1200, 2400}
+    assert {item["global_step"] for item in history if "eval/episodic_return" in item} == {80, 800, 1600}
     (model,) = of_type["artifact"]
     assert [entry["path"] for entry in model["manifest"]["contents"]] == ["model.pt"]
     (wandb_folder,) = (folder / "wandb").glob("offline-run-*")
@@ -84,7 +84,7 @@ def test_wandb_record_is_complete(recorded):
 
 def test_video_of_the_run_decodes(recorded):
     folder, _ = recorded
-    meta, frames = read_video(run_folder(folder) / "videos" / "0000002400.mp4")
+    meta, frames = read_video(run_folder(folder) / "videos" / "0000001600.mp4")
     history = [r["history"]["item"] for r in wandb_records(folder) if r["type"] == "history"]
     length = [item["eval/episodic_length"] for item in history if "eval/episodic_length" in item][-1]
     assert meta["size"] == (960, 630)
@@ -97,10 +97,10 @@ def test_evaluate_plays_the_model_and_trains_nothing(recorded, tmp_path):
     model = run_folder(folder) / "model.pt"
     again = run(tmp_path, f"--evaluate {model} --wandb-mode disabled --eval-episodes 1")
     assert again.returncode == 0, again.stderr
-    line = "step 2,400: return"
+    line = "step 1,600: return"
     assert [x for x in again.stdout.splitlines() if line in x] == [x for x in result.stdout.splitlines() if line in x]
     names = {path.name for path in run_folder(tmp_path).rglob("*") if path.is_file()}
-    assert names == {"0000002400.mp4"}
+    assert names == {"0000001600.mp4"}
 
 
 def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
@@ -114,12 +114,12 @@ def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
 
 # ---------------------------------------------------------------------------------------- kill and resume
 
-STOPS = [(signal.SIGKILL, -9, 1100), (signal.SIGTERM, -15, 1400), (signal.SIGINT, -2, 1700)]  # exit codes, steps
+STOPS = [(signal.SIGKILL, -9, 1020), (signal.SIGTERM, -15, 1140), (signal.SIGINT, -2, 1260)]  # exit codes, steps
 
 
 def test_run_that_is_stopped_three_times_ends_bit_identical(recorded, tmp_path):
     """With the replay wrapped round and lives lost; as a run that was left alone, and evaluated on the way."""
-    flags = NO_EXTRAS + OFTEN + " --total-timesteps 2400 --seed 3"
+    flags = NO_EXTRAS + OFTEN + " --total-timesteps 1600 --seed 3"
     for number, exit_code, step in STOPS:
         process = start(tmp_path, flags)
         wait_for(lambda step=step: saved_step(tmp_path) > step, process)
@@ -149,7 +149,7 @@ def copied(recorded, tmp_path) -> Path:
 
 
 def test_resume_goes_on_with_the_same_wandb_run(copied):
-    result = run(copied, f"--resume {run_folder(copied)}/checkpoint.pt --total-timesteps 2600 --no-capture-video")
+    result = run(copied, f"--resume {run_folder(copied)}/checkpoint.pt --total-timesteps 1800 --no-capture-video")
     assert result.returncode == 0, result.stderr
     records = list((copied / "wandb").glob("offline-run-*/*.wandb"))
     assert [path.stem for path in records] == [f"run-{run_folder(copied).name}"] * 2
@@ -170,12 +170,12 @@ def test_full_disk_keeps_the_previous_checkpoint(copied):
     checkpoint = run_folder(copied) / "checkpoint.pt"
     before = checkpoint.read_bytes()
 
-    flags = f"--resume {run_folder(copied)} --total-timesteps 2600 --wandb-mode disabled --no-capture-video"
+    flags = f"--resume {run_folder(copied)} --total-timesteps 1800 --wandb-mode disabled --no-capture-video"
     process = start(copied, flags)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
     stdout, stderr = process.communicate(timeout=300)
     assert "was not written" in stderr
-    assert "step 2,600: return" in stdout and process.returncode == 0  # the model is small enough
+    assert "step 1,800: return" in stdout and process.returncode == 0  # the model is small enough
     assert checkpoint.read_bytes() == before
     assert not list(copied.rglob("*.tmp"))
 

@@ -500,16 +500,16 @@ def corridor(state, action, num_states=5):
 
 
 @pytest.mark.parametrize(
-    "network, precision",
+    "network, precision, iterations, epochs, minibatches",
     [
-        (ActorCritic, "auto"),
-        (with_small_trunk(ActorCritic), "float32"),
-        pytest.param(with_small_trunk(ActorCritic), *IN_BFLOAT16.values, marks=IN_BFLOAT16.marks),
+        (ActorCritic, "auto", 12, 3, 8),
+        (with_small_trunk(ActorCritic), "float32", 14, 4, 4),
+        pytest.param(with_small_trunk(ActorCritic), *IN_BFLOAT16.values, 14, 4, 4, marks=IN_BFLOAT16.marks),
     ],
     ids=["convolutions", "float32", "bfloat16"],
 )
 @pytest.mark.slow
-def test_policy_and_values_converge(monkeypatch, network, precision):
+def test_policy_and_values_converge(monkeypatch, network, precision, iterations, epochs, minibatches):
     """A corridor of five states shown as pictures; episodes are cut off at random, which must not change the values."""
     num_states, num_envs, num_steps, gamma = 5, 8, 16, 0.8
     monkeypatch.setattr(ppo_atari, "ActorCritic", network)
@@ -517,7 +517,7 @@ def test_policy_and_values_converge(monkeypatch, network, precision):
     rollout = make_rollout(num_steps, num_envs, gamma=gamma)
     rng, states = np.random.default_rng(0), [0, 1, 2, 3, 4, 0, 1, 2]
     pictures = torch.stack([state_frame(state).expand(STACK, -1, -1) for state in range(num_states)])
-    for iteration in range(12):
+    for iteration in range(iterations):
         next_values = agent.value(pictures).numpy()
         rewards, ends = np.zeros((num_steps, num_envs), np.float32), np.zeros((num_steps, num_envs), bool)
         for t in range(num_steps):
@@ -533,9 +533,9 @@ def test_policy_and_values_converge(monkeypatch, network, precision):
         rollout.observations[-1] = pictures[states]
         rollout.values[-1] = agent.value(rollout.observations[-1])
         rollout.estimate_advantages(torch.from_numpy(rewards), torch.from_numpy(ends))
-        agent.learning_rate.fill_(5e-4 * (1 - iteration / 12))
-        for _ in range(3):
-            indices = torch.randperm(num_steps * num_envs).view(8, -1)
+        agent.learning_rate.fill_(5e-4 * (1 - iteration / iterations))
+        for _ in range(epochs):
+            indices = torch.randperm(num_steps * num_envs).view(minibatches, -1)
             for rows, advantages in zip(indices, normalize(rollout.advantages.flatten()[indices])):
                 agent.compute_gradients(*rollout.minibatch(rows), advantages)
                 agent.apply_gradients()
@@ -833,11 +833,10 @@ def test_ranks_end_together_and_go_on_alone(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert "step 1,200: return" in outputs[0][0] and not outputs[1][0]  # only rank 0 speaks
 
-    script = tmp_path / "torchrun.py"
-    script.write_text("from torch.distributed.run import main; main()")
-    flags = f"--nproc-per-node 2 --max-restarts 1 --master-port {as_ranks()[0]['MASTER_PORT']}"
-    flags += f" {ROOT / 'ppo_atari.py'} {RANKS}"
-    torchrun = start(killed, flags, script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command += ["--master-port", as_ranks()[0]["MASTER_PORT"], ROOT / "ppo_atari.py", *RANKS.split()]
+    torchrun = subprocess.Popen(command, cwd=killed, **options)
     wait_for(lambda: list(killed.glob("runs/*/checkpoint.pt")), torchrun)
     os.kill(children(torchrun.pid)[1], signal.SIGKILL)
     stdout, stderr = torchrun.communicate(timeout=120)

@@ -170,10 +170,10 @@ def test_states_that_cannot_be_loaded_raise_an_error_here(pong, damage):
     if damage == "missing":
         del states[1]["stack"]
     elif damage == "garbage":
-        states[1]["emulator"] = bytes(14000)
+        states[1]["screens"] = bytes(14000)
     else:
         states[1] = None
-    reason = {"missing": "KeyError.*stack", "garbage": "emulator's state is damaged", "no game": "TypeError"}[damage]
+    reason = {"missing": "KeyError.*stack", "garbage": "cannot reshape", "no game": "TypeError"}[damage]
     with pytest.raises(ValueError, match=reason):
         vector.load_state_dict(states)
 
