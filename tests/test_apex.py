@@ -237,16 +237,20 @@ def test_each_environment_explores_with_its_epsilon(scripted, monkeypatch):
     expected = [0.4 ** (1 + 7 * i / 11) for i in range(12)]
     assert epsilons(args).tolist() == pytest.approx(expected)
     assert epsilons(make_args(envs_per_actor=1)).tolist() == pytest.approx([0.4])
-    numbers = np.stack([Actor(args, number, 0).numbers for number in range(3)])
+    actors = [Actor(args, number, 0) for number in range(3)]
+    numbers = np.stack([actor.numbers for actor in actors])
     assert sorted(numbers.flatten().tolist()) == list(range(12)) and numbers[:, 0].tolist() == [0, 1, 2]
+    for actor in actors:
+        assert actor.epsilons.tolist() == pytest.approx([expected[number] for number in actor.numbers])
     agent = make_agent(3)
     with torch.no_grad():
         agent.q_network.advantage.bias += torch.tensor([0.0, 100.0, 0.0])
     actor = Actor(make_args(envs_per_actor=4), 0, 0)
-    actor.epsilons[:] = 0.0, 0.3, 0.6, 1.0
+    actor.epsilons[:] = 0.0, 0.6, 0.6, 1.0
     actions = np.concatenate([actor.play(agent.weights(), 0)["actions"].copy() for _ in range(8)])[CHUNK:]
     greedy = (actions == 1).mean(0)
-    np.testing.assert_allclose(greedy, [1, 0.8, 0.6, 1 / 3], atol=0.1)  # a random action is greedy in a third
+    np.testing.assert_allclose(greedy, [1, 0.6, 0.6, 1 / 3], atol=0.1)  # a random action is greedy in a third
+    assert (actions[:, 1:3] != 1).all(1).mean() == pytest.approx(0.4**2, abs=0.06)  # each game draws on its own
     assert greedy[0] == 1 and np.bincount(actions[:, 3]).min() > 0.2 * len(actions)
 
 
