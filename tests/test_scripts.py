@@ -168,6 +168,24 @@ def test_errors_are_one_sentence(script, tmp_path, monkeypatch):
     assert result.returncode == 1 and result.stderr == f"{error.value}\n"
 
 
+START_METHOD = '"fork" if sys.platform == "linux" else "spawn"'
+
+
+@pytest.mark.parametrize("script", ["dqn_atari.py", "ppo_atari.py"])
+def test_spawned_workers_play_as_forked_ones(script, tmp_path):
+    """As on macOS and Windows, where each worker imports the script: both runs end alike."""
+    source = (ROOT / script).read_text()
+    assert source.count(START_METHOD) == 1
+    for start_method in ("fork", "spawn"):
+        folder = tmp_path / start_method
+        folder.mkdir()
+        (folder / script).write_text(source.replace(START_METHOD, f'"{start_method}"'))
+        flags = adapt(NO_EXTRAS, script) + f" --num-workers 1 --total-timesteps 480 --exp-name {start_method}"
+        result = run(folder, flags, folder / script)
+        assert result.returncode == 0, result.stderr
+    assert_same_end(tmp_path / "fork", tmp_path / "spawn")
+
+
 # ------------------------------------------------------------------------------------------------------- Ape-X
 
 of_apex = pytest.mark.parametrize("recorded", [APEX], indirect=True)
