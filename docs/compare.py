@@ -35,6 +35,7 @@ FPS = 15  # of the scripts' videos
 LABEL_HEIGHT = 30
 FREE_FLAGS = "seed device num_workers total_timesteps checkpoint_minutes capture_video video_length run_dir resume "
 FREE_FLAGS += "evaluate wandb_mode wandb_project_name wandb_entity wandb_group _wandb"  # may differ within a group
+PATH_FLAGS = ("resume", "evaluate", "run_dir")
 
 
 class Run(NamedTuple):
@@ -147,8 +148,11 @@ def thin(rows: list[dict]) -> list[dict]:
 
 
 def save_runs(groups: dict[tuple, list[Run]], path: Path) -> None:
-    """A line of JSON for each run."""
-    lines = [json.dumps({"config": run.config, "rows": thin(run.rows)}) for runs in groups.values() for run in runs]
+    """A line of JSON for each run, without the flags that name files of this machine."""
+    lines = []
+    for run in itertools.chain(*groups.values()):
+        config = {flag: value for flag, value in run.config.items() if flag not in PATH_FLAGS}
+        lines.append(json.dumps({"config": config, "rows": thin(run.rows)}))
     path.write_text("\n".join(lines) + "\n")
 
 

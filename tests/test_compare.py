@@ -216,6 +216,17 @@ def test_what_is_saved_makes_the_same_table(folder, tmp_path, monkeypatch, capsy
     assert cells(capsys.readouterr().out)[2:] == TABLE
 
 
+def test_what_is_saved_names_no_file_of_this_machine(tmp_path):
+    config = {"seed": 1, "resume": "/home/me/runs/x", "evaluate": None, "run_dir": "/scratch"}
+    compare.save_runs(
+        {("Pong", "DQN", "x"): [Run(config, [{"global_step": 8, "eval/episodic_return": 2.0}])]},
+        tmp_path / "kept.jsonl",
+    )
+    (kept,) = compare.load_runs(tmp_path / "kept.jsonl")
+    assert kept.config == {"seed": 1}
+    assert kept.points("eval/episodic_return").tolist() == [[8], [2]]
+
+
 @pytest.mark.slow
 def test_runs_without_a_record(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
