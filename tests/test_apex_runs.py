@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import OFTEN, run, run_folder, start, wait_for, wait_for_next_checkpoint
+from helpers import OFTEN, run, run_folder, saved_step, start, wait_for, wait_for_next_checkpoint
 
 from apex_dqn_atari import CHUNK
 
@@ -60,11 +60,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return list(folder.glob("runs/*/checkpoint.pt"))
 
 
-def steps(folder: Path) -> int:
-    """Of the last checkpoint."""
-    return torch.load(checkpoints(folder)[0], weights_only=True, mmap=True)["global_step"]
-
-
 def stored(folder: Path) -> list[int]:
     """Steps of each actor in the last checkpoint."""
     return torch.load(checkpoints(folder)[0], weights_only=True, mmap=True)["replay"]["num_steps"]
@@ -89,7 +84,7 @@ def test_killed_actor_learner_and_raylet(tmp_path):
     before = torch.load(checkpoints(tmp_path)[0], weights_only=True)
     flags = f"--resume {run_folder(tmp_path)} --wandb-mode disabled"
     process = start(tmp_path, flags, "apex_dqn_atari.py")
-    wait_for(lambda: min(stored(tmp_path)) > max(before["replay"]["num_steps"]) + 50, process)
+    wait_for(lambda: min(stored(tmp_path)) > max(before["replay"]["num_steps"]) + CHUNK, process)
     started = descendants(process.pid)
     (raylet,) = [pid for pid, title in started.items() if "raylet/raylet" in title.split()[0]]
     os.kill(raylet, signal.SIGKILL)
@@ -122,7 +117,7 @@ def test_stopped_learner_resumes(tmp_path):
     process = start(
         tmp_path, NO_EXTRAS + " --steps-per-update 40 --total-timesteps 100000" + OFTEN, "apex_dqn_atari.py"
     )
-    wait_for(lambda: checkpoints(tmp_path) and steps(tmp_path) > 1400, process)
+    wait_for(lambda: saved_step(tmp_path) > 1400, process)
     before = descendants(process.pid)
     assert len(actor_processes(process.pid)) == 1
     assert not [title for pid, title in before.items() if os.getpgid(pid) == process.pid]  # the signal is not for them
@@ -147,7 +142,7 @@ def test_stopped_learner_resumes(tmp_path):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """Starts nodes of a Ray cluster on this machine, one CPU each, by the commands that README gives; ends them all."""
+    """Starts nodes of a Ray cluster here, one CPU each, by the commands that docs/usage.md gives; ends them all."""
     port = 20_000 + os.getpid() % 10_000
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
