@@ -892,7 +892,8 @@ def unwrap(reward: float) -> float:
 class Actors:
     """The learner's side of all actors: keeps ``REQUESTS`` chunks asked of each, and hands them over in order.
 
-    An actor that has died is started anew by Ray, elsewhere if its machine is gone, and asked for the same chunks.
+    An actor that has died is started anew by Ray, elsewhere if its machine is gone, and asked for the same chunks, in
+    any order.
     Chunks are asked for with the weights published last: they are played two chunks later.
     """
 

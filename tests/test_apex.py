@@ -700,19 +700,21 @@ def fake_ray(monkeypatch):
 
 
 def test_chunk_follows_the_one_before_or_not(fake_ray, capsys):
-    """An actor that starts anew begins at step 0; another chunk is lost on the way."""
+    """An actor that starts anew begins at step 0; a chunk is lost on the way; one more start, in Ray's own order."""
     lost = apex_dqn_atari.ray.exceptions.ObjectLostError("0" * 56, None, "")
-    fake_ray.answers = [0, 50, 100, 0, 50, 100, lost, 200]
+    fake_ray.answers = [0, 50, 100, 0, 50, 100, lost, 200, 100, 50, 0, 150, 200]
     actors = apex_dqn_atari.Actors(make_args(), 0)
     actors.publish("weights", 7)
     received = [item for _ in fake_ray.answers for item in actors.receive(patience=0)]
-    assert [item[1]["first_step"] for item in received] == [0, 50, 100, 0, 50, 100, 200]
-    assert [item[2] for item in received] == [False, True, True, False, True, True, False]
-    restart, loss = capsys.readouterr().err.splitlines()
-    assert restart == "actor 0 died and has been started again" and loss.startswith("a chunk of actor 0 was lost: ")
+    assert [item[1]["first_step"] for item in received] == [0, 50, 100, 0, 50, 100, 200, 100, 50, 0, 150, 200]
+    follows = [item[2] for item in received]
+    assert follows == [False, True, True, False, True, True, False, False, False, False, False, True]
+    restart, loss, another_restart = capsys.readouterr().err.splitlines()
+    assert restart == another_restart == "actor 0 died and has been started again"
+    assert loss.startswith("a chunk of actor 0 was lost: ")
     assert list(actors.receive(patience=0)) == []
     actors.close()
-    assert fake_ray.cancelled == [8, 9, 10]  # as many as are asked for in advance
+    assert fake_ray.cancelled == [13, 14, 15]  # as many as are asked for in advance
     assert fake_ray.shut_down == 1
 
 
