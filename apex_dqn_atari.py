@@ -10,7 +10,7 @@
 #   "moviepy>=2.2",
 #   "tyro>=1.0",
 #   "tqdm>=4.66",
-#   "ray>=2.50",
+#   "ray>=2.52",
 # ]
 # ///
 """Ape-X DQN on Atari, in one file: many actors play, one learner replays what surprises it most.
@@ -133,13 +133,13 @@ class AlgorithmFlags:
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 3
-    """rewards that a return adds up before it bootstraps"""
+    """rewards in an n-step return"""
     batch_size: int = 512
     """transitions in an update"""
     target_network_frequency: int = 2500
     """updates after which the target network becomes a copy of the Q-network"""
     epsilon_base: float = 0.4
-    """epsilon of game i of N is base ** (1 + exponent * i / (N - 1)) all through the run: this is the base"""
+    """epsilon of game i of N is base ** (1 + exponent * i / (N - 1)), the same all through the run; this is the base"""
     epsilon_exponent: float = 7.0
     """the exponent in the epsilon of a game, see --epsilon-base"""
     prioritized_replay_alpha: float = 0.6
@@ -151,7 +151,7 @@ class AlgorithmFlags:
     steps_per_update: float | None = None
     """steps for each update, so that learner and actors wait for each other; None lets each go as fast as it can"""
     weights_frequency: int = 100
-    """steps of each environment between two copies of the weights to the actors, which use each 100 steps later"""
+    """steps of each game between two sets of weights sent to the actors, which use a set 100 steps later"""
     max_grad_norm: float = 40.0
     """a gradient with a larger norm is scaled down to this"""
 
@@ -228,7 +228,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
 
 
 @dataclass
@@ -722,9 +722,9 @@ class Atari(gym.Wrapper):
     at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
     is such an action.
 
-    A class that takes its place (see ``Game``) needs ``reset``, ``step``, ``screen``, ``find_game``,
-    ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``lives``, ``game_ended``,
-    ``episode_return``, ``episode_length``, ``repeated_rewards`` and ``recording``.
+    A class that takes its place (see ``Game``) is a ``gym.Env`` made from the flags, with ``reset``, ``step``,
+    ``screen``, ``find_game``, ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``lives``,
+    ``game_ended``, ``episode_return``, ``episode_length``, ``repeated_rewards`` and ``recording``.
     """
 
     def __init__(self, args: Args):
@@ -769,7 +769,7 @@ class Atari(gym.Wrapper):
         try:
             gym.spec(f"ALE/{game}-v5")
         except gym.error.Error as error:
-            sys.exit(f"error: --env-id {env_id} is no game here: {error}")
+            sys.exit(f"error: --env-id {env_id} is no Atari game: {error}")
         return game
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -1091,8 +1091,8 @@ class Overlay(gym.Wrapper):
     """Draws the game beside what the network thinks of it, 960x630, RGB.
 
     Call ``note`` with the values of the state before each ``step``; ``render`` then returns the picture of that
-    state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, which
-    nobody thought about. Drawing is left to ``render``: steps that are not recorded cost nothing.
+    state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, without
+    thoughts. Drawing is left to ``render``: steps that are not recorded cost nothing.
     """
 
     WIDTH, HEIGHT = 960, 630
@@ -1386,8 +1386,8 @@ def slug(text: str) -> str:
 class Tracker:
     """The run's record in Weights & Biases.
 
-    W&B never ends a run and never holds it up: whatever it raises is one warning, after which the tracker does
-    nothing, as it does when W&B is disabled.
+    An error of W&B never ends a run that has started: it becomes one warning, after which the tracker does nothing, as
+    it does when W&B is disabled.
     """
 
     def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
@@ -1436,7 +1436,7 @@ class Tracker:
         if self.run is None:
             self.run = wandb.init(mode=mode, **options)
         if self.run.offline:
-            say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
+            say(f"W&B: {reason}recorded offline; see it with wandb leet, upload it with wandb sync")
         os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # copies of the model: beside the record
         self.run_id = self.run.id
         self.run.define_metric("global_step", hidden=True)  # an axis, not a chart
@@ -2104,7 +2104,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
         before = contents["args"].get(name)
         now = getattr(args, name)
         if name.startswith("wandb") and before != now:
-            say(f"note: {flag(name)} is {now}, it was {before}: no file decides where a run is logged")
+            say(f"note: {flag(name)} is {now}, it was {before}: this flag is never taken from a file")
 
 
 def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
@@ -2225,7 +2225,7 @@ def check_args(args: Args) -> None:
         advice = "lower it, or raise --learning-starts and --buffer-size"
         sys.exit(f"error: {problem} that are stored when learning starts: {advice}")
     if ray is None and not args.evaluate:
-        sys.exit("error: Ray is not installed: pip install 'ray>=2.50'")
+        sys.exit("error: Ray is not installed: pip install 'ray>=2.52'")
 
 
 NO_LIMIT = 10**12  # where a number may be as large as you like
@@ -2246,7 +2246,7 @@ COMMON_RANGES = {
 
 
 def guard_streams() -> None:
-    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
+    """From now on a print that fails does no harm, and /dev/null stands in for a standard stream that is closed.
 
     A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
     file opened would take the number of a closed stream.
@@ -2284,7 +2284,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 def catch_signals() -> list[int]:
     """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
 
-    Those that are ignored stay so: nohup and scripts have their reasons.
+    A signal that is ignored stays ignored, as under nohup.
     """
     caught = []
 

@@ -180,7 +180,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
 
 
 @dataclass
@@ -484,9 +484,10 @@ class Atari(gym.Wrapper):
     at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
     is such an action.
 
-    A class that takes its place (see ``Game``) needs ``reset``, ``step``, ``state_dict``, ``load_state_dict``,
-    ``screen``, ``find_game``, ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``stack``,
-    ``lives``, ``game_ended``, ``episode_return``, ``episode_length``, ``repeated_rewards`` and ``recording``.
+    A class that takes its place (see ``Game``) is a ``gym.Env`` made from the flags, with ``reset``, ``step``,
+    ``state_dict``, ``load_state_dict``, ``screen``, ``find_game``, ``action_space``, and what the overlay shows:
+    ``game``, ``action_names``, ``stack``, ``lives``, ``game_ended``, ``episode_return``, ``episode_length``,
+    ``repeated_rewards`` and ``recording``.
     """
 
     def __init__(self, args: Args):
@@ -531,7 +532,7 @@ class Atari(gym.Wrapper):
         try:
             gym.spec(f"ALE/{game}-v5")
         except gym.error.Error as error:
-            sys.exit(f"error: --env-id {env_id} is no game here: {error}")
+            sys.exit(f"error: --env-id {env_id} is no Atari game: {error}")
         return game
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -1582,8 +1583,8 @@ def slug(text: str) -> str:
 class Tracker:
     """The run's record in Weights & Biases.
 
-    W&B never ends a run and never holds it up: whatever it raises is one warning, after which the tracker does
-    nothing, as it does when W&B is disabled.
+    An error of W&B never ends a run that has started: it becomes one warning, after which the tracker does nothing, as
+    it does when W&B is disabled.
     """
 
     def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
@@ -1632,7 +1633,7 @@ class Tracker:
         if self.run is None:
             self.run = wandb.init(mode=mode, **options)
         if self.run.offline:
-            say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
+            say(f"W&B: {reason}recorded offline; see it with wandb leet, upload it with wandb sync")
         os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # copies of the model: beside the record
         self.run_id = self.run.id
         self.run.define_metric("global_step", hidden=True)  # an axis, not a chart
@@ -2296,7 +2297,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
         before = contents["args"].get(name)
         now = getattr(args, name)
         if name.startswith("wandb") and before != now:
-            say(f"note: {flag(name)} is {now}, it was {before}: no file decides where a run is logged")
+            say(f"note: {flag(name)} is {now}, it was {before}: this flag is never taken from a file")
 
 
 def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
@@ -2436,7 +2437,7 @@ COMMON_RANGES = {
 
 
 def guard_streams() -> None:
-    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
+    """From now on a print that fails does no harm, and /dev/null stands in for a standard stream that is closed.
 
     A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
     file opened would take the number of a closed stream.
@@ -2474,7 +2475,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 def catch_signals() -> list[int]:
     """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
 
-    Those that are ignored stay so: nohup and scripts have their reasons.
+    A signal that is ignored stays ignored, as under nohup.
     """
     caught = []
 

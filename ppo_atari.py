@@ -24,11 +24,11 @@ as one.
     torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari.py --env-id Pong --num-envs 64
 
 Unlike the paper but like CleanRL: the value loss is clipped and counts half, the clip range does not shrink, 4 passes
-over the steps instead of 3, FIRE at the start of a game or life. Unlike CleanRL: a game cut off at the frame limit
-counts on with the value of its last state; zeros before an episode's first frame instead of copies of it, grayscale
-before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on
-CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name like
-ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+over the steps instead of 3, FIRE at the start of a game or life. Unlike CleanRL: the return of a game cut off at the
+frame limit goes on with the value of its last state; zeros before an episode's first frame instead of copies of it,
+grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost
+life, TF32 on CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name
+like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
 In this order:
 
@@ -115,9 +115,9 @@ class AlgorithmFlags:
     norm_adv: bool = True
     """normalize the advantages in each minibatch"""
     clip_coef: float = 0.1
-    """change of an action's probability, as a ratio, beyond which it gains nothing"""
+    """PPO's clip range: a probability ratio beyond 1 ± this gains nothing more"""
     clip_vloss: bool = True
-    """clip the change of the value as well, at the same number"""
+    """clip the change of the value as well, at --clip-coef"""
     ent_coef: float = 0.01
     """weight of the entropy in the loss"""
     vf_coef: float = 0.5
@@ -193,7 +193,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given anew, but not paths and W&B's"""
+    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
 
 
 @dataclass
@@ -542,9 +542,10 @@ class Atari(gym.Wrapper):
     at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
     is such an action.
 
-    A class that takes its place (see ``Game``) needs ``reset``, ``step``, ``state_dict``, ``load_state_dict``,
-    ``screen``, ``find_game``, ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``stack``,
-    ``lives``, ``game_ended``, ``episode_return``, ``episode_length``, ``repeated_rewards`` and ``recording``.
+    A class that takes its place (see ``Game``) is a ``gym.Env`` made from the flags, with ``reset``, ``step``,
+    ``state_dict``, ``load_state_dict``, ``screen``, ``find_game``, ``action_space``, and what the overlay shows:
+    ``game``, ``action_names``, ``stack``, ``lives``, ``game_ended``, ``episode_return``, ``episode_length``,
+    ``repeated_rewards`` and ``recording``.
     """
 
     def __init__(self, args: Args):
@@ -589,7 +590,7 @@ class Atari(gym.Wrapper):
         try:
             gym.spec(f"ALE/{game}-v5")
         except gym.error.Error as error:
-            sys.exit(f"error: --env-id {env_id} is no game here: {error}")
+            sys.exit(f"error: --env-id {env_id} is no Atari game: {error}")
         return game
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -1134,8 +1135,8 @@ class Overlay(gym.Wrapper):
     """Draws the game beside what the network thinks of it, 960x630, RGB.
 
     Call ``note`` with the values of the state before each ``step``; ``render`` then returns the picture of that
-    state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, which
-    nobody thought about. Drawing is left to ``render``: steps that are not recorded cost nothing.
+    state (one array, overwritten by the next call). Once the game has ended it returns the picture of its end, without
+    thoughts. Drawing is left to ``render``: steps that are not recorded cost nothing.
     """
 
     WIDTH, HEIGHT = 960, 630
@@ -1418,8 +1419,8 @@ def slug(text: str) -> str:
 class Tracker:
     """The run's record in Weights & Biases.
 
-    W&B never ends a run and never holds it up: whatever it raises is one warning, after which the tracker does
-    nothing, as it does when W&B is disabled.
+    An error of W&B never ends a run that has started: it becomes one warning, after which the tracker does nothing, as
+    it does when W&B is disabled.
     """
 
     def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
@@ -1468,7 +1469,7 @@ class Tracker:
         if self.run is None:
             self.run = wandb.init(mode=mode, **options)
         if self.run.offline:
-            say(f"W&B: {reason}the run is recorded offline; look: wandb leet; upload later: wandb sync")
+            say(f"W&B: {reason}recorded offline; see it with wandb leet, upload it with wandb sync")
         os.environ.setdefault("WANDB_DATA_DIR", self.run.sync_dir)  # copies of the model: beside the record
         self.run_id = self.run.id
         self.run.define_metric("global_step", hidden=True)  # an axis, not a chart
@@ -2135,7 +2136,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
         before = contents["args"].get(name)
         now = getattr(args, name)
         if name.startswith("wandb") and before != now:
-            say(f"note: {flag(name)} is {now}, it was {before}: no file decides where a run is logged")
+            say(f"note: {flag(name)} is {now}, it was {before}: this flag is never taken from a file")
 
 
 def check_ranks(path: Path) -> None:
@@ -2283,7 +2284,7 @@ COMMON_RANGES = {
 
 
 def guard_streams() -> None:
-    """From now on what cannot be printed is lost, no more, and /dev/null stands in for closed standard streams.
+    """From now on a print that fails does no harm, and /dev/null stands in for a standard stream that is closed.
 
     A closed pipe or terminal, a full disk or a character that the encoding lacks would else end the run, and the next
     file opened would take the number of a closed stream.
@@ -2321,7 +2322,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 def catch_signals() -> list[int]:
     """From now on the signals that ask for a stop are added to the list returned, and do nothing else.
 
-    Those that are ignored stay so: nohup and scripts have their reasons.
+    A signal that is ignored stays ignored, as under nohup.
     """
     caught = []
 

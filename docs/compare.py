@@ -8,7 +8,8 @@
 RUN is a run's folder, a folder of runs, W&B's folder, one in it, a pattern of those, or a file that --save wrote: it
 keeps the table and the curves (as means of bins) when the records are gone. Runs of one game, algorithm and
 --exp-name are a group, in which only the seed should differ: a line is their mean, its band goes from the lowest to the
-highest; where some have ended, both are of the others. Evaluations are drawn one by one, all else as means of bins.
+highest; after the end of a shorter run, both are of the others. Evaluations are drawn one by one, all else as means of
+bins.
 """
 
 import argparse

@@ -108,9 +108,9 @@ def test_every_number_has_bounds(script):
 
 
 REFUSED = [
-    ("dqn_atari", "--env-id Breakot", "error: --env-id Breakot is no game here: Environment `Breakot` doesn't exist"),
+    ("dqn_atari", "--env-id Breakot", "error: --env-id Breakot is no Atari game: Environment `Breakot` doesn't exist"),
     ("dqn_atari", "--env-id breakout", "Did you mean: `Breakout`?"),
-    ("dqn_atari", "--env-id CartPole-v1", "error: --env-id CartPole-v1 is no game here: Environment"),
+    ("dqn_atari", "--env-id CartPole-v1", "error: --env-id CartPole-v1 is no Atari game: Environment"),
     ("dqn_atari", "--num-envs 0", "error: --num-envs is 0: it must be between 1 and 10,000"),
     ("dqn_atari", "--num_envs 0", "error: --num-envs is 0"),
     ("dqn_atari", "--num-envs 1000000", "error: --num-envs is 1,000,000: it must be between 1 and 10,000"),

@@ -154,7 +154,7 @@ def test_errors_are_one_sentence(script, tmp_path, monkeypatch):
     text.write_text("hello")
     main = importlib.import_module(script.removesuffix(".py")).main
     for flags, message in (
-        ("--env-id Breakot", "error: --env-id Breakot is no game here: Environment `Breakot` doesn't exist"),
+        ("--env-id Breakot", "error: --env-id Breakot is no Atari game: Environment `Breakot` doesn't exist"),
         ("--gamma 1.5", "error: --gamma is 1.5: it must be between 0 and 1"),
         (f"--resume {foreign}", "was written by SARSA, not by"),
         (f"--evaluate {text}", "is damaged or no checkpoint"),
