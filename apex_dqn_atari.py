@@ -335,8 +335,8 @@ class Replay:
     def add(self, actor: int, chunk: dict, follows: bool) -> None:
         """Stores a chunk of ``Actor.play``: the frames of its steps, and the transitions that they complete.
 
-        Those began ``n_step`` steps earlier. Unless the chunk ``follows`` the one that was stored last, those that
-        need frames from before it are left out.
+        Those began ``n_step`` steps earlier. Unless the chunk ``follows`` the one that was stored last, its first
+        ``n_step`` + 3 transitions are left out: they need frames that are not stored.
         """
         start = self.num_steps[actor]
         steps = torch.arange(start - self.args.n_step, start + CHUNK + HISTORY, device=self.device)
@@ -444,7 +444,7 @@ class Actor:
     """Plays ``envs_per_actor`` games with one forward pass a step, on one core: a Ray actor.
 
     Each of its environments has the epsilon, and so the part, of one of the paper's actors. ``start`` is the learner's
-    step: a resumed run plays other games.
+    step: a resumed run plays other games. An actor that Ray has started again has the seeds that it had at first.
     """
 
     def __init__(self, args: Args, number: int, start: int):
@@ -453,7 +453,9 @@ class Actor:
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         torch.set_num_threads(1)
         self.args = args
-        self.numbers = number + args.num_actors * np.arange(args.envs_per_actor)  # every actor explores and exploits
+        self.numbers = number + args.num_actors * np.arange(
+            args.envs_per_actor
+        )  # so that each has small and large epsilons
         self.epsilons = epsilons(args)[self.numbers]
         self.rng = np.random.default_rng([args.seed, number, start])
         self.envs = [Game(args) for _ in self.numbers]
@@ -468,6 +470,7 @@ class Actor:
         self.steps = {name: np.zeros(shape, np.uint8) for name in ("ages", "actions", "ends")}
         self.steps |= {name: np.zeros(shape, np.float32) for name in ("rewards", "q_taken", "q_best")}
         self.steps["frames"] = np.zeros((*shape, SIZE, SIZE), np.uint8)
+        self.life = time.time_ns()  # tells this actor from one that Ray starts in its place
         self.num_steps = 0
         self.updates = None  # after which the network's weights were made
         self.finished = time.perf_counter()
@@ -478,9 +481,9 @@ class Actor:
 
         Returns ``frames``, uint8 [CHUNK, envs, 84, 84], of these steps, and the transitions that they complete, which
         began ``n_step`` earlier, [CHUNK, envs] each: ``ages`` and ``actions``, uint8, ``returns``, ``discounts`` and
-        ``priorities``, float32; the ``games`` that ended; the number of the ``first_step`` since this actor started;
-        ``updates``; and ``waiting``, the share of time in which nothing was asked of it. The arrays may be views that
-        the next call overwrites.
+        ``priorities``, float32; the ``games`` that ended; this actor's ``life``, and the number of the ``first_step``
+        in it; ``updates``; and ``waiting``, the share of time in which nothing was asked of it. The arrays may be views
+        that the next call overwrites.
         """
         called = time.perf_counter()
         if updates != self.updates:
@@ -508,6 +511,7 @@ class Actor:
             "discounts": discounts,
             "priorities": prioritize(td_errors, self.args.prioritized_replay_alpha) * valid,
             "games": games,
+            "life": self.life,
             "first_step": first_step,
             "updates": updates,
             "waiting": idle / (idle + busy),
@@ -634,7 +638,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     owed = 0.0  # updates still to be made
     logged_updates = agent.updates
     weights_ages = []  # of each chunk since the last log, in updates
-    waiting = []  # the same, its actor's share of the time
+    waiting = []  # of the same chunks, the share of time in which their actors had nothing to do
 
     def passed(frequency: int) -> int:
         """How many multiples of ``frequency`` the chunks received last have reached."""
@@ -667,7 +671,8 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             # log, save, evaluate
             if passed(LOG_FREQUENCY):
                 charts = {
-                    "charts/updates_per_second": (agent.updates - logged_updates) / (time.perf_counter() - run.clock),
+                    "charts/updates_per_second": (agent.updates - logged_updates)
+                    / (time.perf_counter() - run.logged_time),
                     "charts/replay_size": replay.size,
                     "charts/weights_age": np.mean(weights_ages),
                     "charts/actors_waiting": np.mean(waiting),
@@ -776,12 +781,11 @@ class Atari(gym.Wrapper):
         """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
         if self.game_ended or seed is not None:
             self._start_game(seed)
-        self.stack[:-1] = 0
         if self.fire_action is not None:
             self._repeat_action(self.fire_action)
-            self.stack[:-1] = 0
             if self.game_ended:
                 return self.reset()
+        self.stack[:-1] = 0  # nothing of the last episode is seen, and nothing from before FIRE
         self.lives = self.ale.lives()
         return self.stack, {}
 
@@ -892,16 +896,15 @@ def unwrap(reward: float) -> float:
 class Actors:
     """The learner's side of all actors: keeps ``REQUESTS`` chunks asked of each, and hands them over in order.
 
-    An actor that has died is started anew by Ray, elsewhere if its machine is gone, and asked for the same chunks, in
-    any order.
-    Chunks are asked for with the weights published last: they are played two chunks later.
+    Ray starts an actor that has died again, on another machine if its own is gone, and repeats the requests that were
+    open, in any order. A request carries the weights published last; two older ones are played before it.
     """
 
     def __init__(self, args: Args, start: int):
         remote_actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Actor)
         self.actors = [remote_actor.remote(args, number, start) for number in range(args.num_actors)]
         self.requests = [deque() for _ in self.actors]  # the oldest first
-        self.next_steps = [None] * args.num_actors  # the first step that each actor's next chunk should have
+        self.expected = [None] * args.num_actors  # the life and first step of a chunk that follows each actor's last
         self.heard = [time.monotonic()] * args.num_actors  # when each actor's last chunk arrived
         self.probe = ray.put(None)
 
@@ -936,12 +939,13 @@ class Actors:
             except ray.exceptions.RayError as error:  # lost with its machine, or on the way
                 say(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
+            life = chunk["life"]
             first_step = chunk["first_step"]
-            expected = self.next_steps[actor]
-            self.next_steps[actor] = first_step + CHUNK
-            if first_step == 0 and expected is not None:
+            expected = self.expected[actor]
+            self.expected[actor] = (life, first_step + CHUNK)
+            if expected and life != expected[0]:
                 say(f"actor {actor} died and has been started again", file=sys.stderr)
-            yield actor, chunk, first_step == expected
+            yield actor, chunk, (life, first_step) == expected
         self.miss_silent_actors()
 
     def miss_silent_actors(self) -> None:
@@ -1321,7 +1325,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     ends it early, without results.
     """
     game = Game(args)
-    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    env = Overlay(game, f"{args.exp_name[:30]} \u2022 trained {global_step:,} steps", args.eval_epsilon)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
@@ -1745,17 +1749,18 @@ class Run:
 
     def start(self, resume: Path | None) -> int:
         """Begins anew or goes on from the checkpoint ``resume``; returns the step that it was written at."""
-        self.folder = lock(self.run_dir)
+        self.lock = lock(self.run_dir)
         global_step = 0
         run_id = None
+        self.evaluated_step = 0  # up to which evaluations have been played
         if resume:
             global_step, run_id = self.load_checkpoint(resume)
             self.saved_step = global_step
         self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
         self.stop_signals = catch_signals()
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
-        self.clock = self.spoken = self.checkpoint_time = time.perf_counter()
-        self.clock_step = self.evaluated_step = global_step
+        self.logged_time = self.said_time = self.checkpoint_time = time.perf_counter()
+        self.logged_step = global_step
         return global_step
 
     def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
@@ -1769,6 +1774,7 @@ class Run:
                 part.load_state_dict(contents[name])
             load_random_state(contents["random"], self.agent.device)
             self.check_step(global_step)
+            self.evaluated_step = min(contents["evaluated_step"], global_step)
             if contents["precision"] != self.agent.precision:
                 say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
         except Exception as error:
@@ -1787,6 +1793,7 @@ class Run:
             contents = header(self.args, global_step)
             contents["precision"] = self.agent.precision
             contents["wandb_run_id"] = self.tracker.run_id
+            contents["evaluated_step"] = self.evaluated_step
             contents["random"] = random_state(self.agent.device)
             for name, part in {"agent": self.agent, **self.parts}.items():
                 contents[name] = part.state_dict()
@@ -1796,21 +1803,23 @@ class Run:
     def save_and_evaluate(self, global_step: int) -> None:
         """Does each when it is due; in the last step ``finish`` does."""
         if global_step >= self.args.total_timesteps:
+            self.evaluated_step = global_step
             return
         if self.checkpoint_is_due():
             self.save_checkpoint(global_step)
             self.checkpoint_time = time.perf_counter()  # of one that failed as well
         if self.evaluation_is_due(global_step):
             self.evaluate(global_step)
+        if not self.stop_signals:  # one that was cut off is played when the run goes on
+            self.evaluated_step = global_step
 
     def checkpoint_is_due(self) -> bool:
         minutes = (time.perf_counter() - self.checkpoint_time) / 60
         return 0 < self.args.checkpoint_minutes < minutes
 
     def evaluation_is_due(self, global_step: int) -> bool:
-        """Whether a multiple of the frequency, or a tenth of it, was reached since the last call."""
+        """Whether a multiple of the frequency, or a tenth of it, was reached since ``evaluated_step``."""
         before = self.evaluated_step
-        self.evaluated_step = global_step
         frequency = self.args.eval_frequency
         is_first = before < frequency // 10 <= global_step
         return is_first or multiples(frequency, before, global_step) > 0
@@ -1824,7 +1833,7 @@ class Run:
         """The time of what runs inside is no part of SPS."""
         start = time.perf_counter()
         yield
-        self.clock += time.perf_counter() - start
+        self.logged_time += time.perf_counter() - start
 
     def log_games(self, games: list[dict], global_step: int) -> None:
         """Logs the games that have ended in a chunk, those of the environment that explores least apart."""
@@ -1845,22 +1854,22 @@ class Run:
     def log(self, charts: dict[str, float], global_step: int) -> None:
         """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
         now = time.perf_counter()
-        charts = {"charts/SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        charts = {"charts/SPS": (global_step - self.logged_step) / (now - self.logged_time)} | charts
         losses = {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
         self.tracker.log(charts | losses, global_step)
         shown = {name.split("/")[1]: value for name, value in charts.items()}
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
-        if self.bar.disable and now > self.spoken + 60:
-            self.spoken = now
+        if self.bar.disable and now > self.said_time + 60:
+            self.said_time = now
             self.say_progress(shown, global_step)
-        self.clock = now
-        self.clock_step = global_step
+        self.logged_time = now
+        self.logged_step = global_step
 
     def say_progress(self, shown: dict[str, float], global_step: int) -> None:
         """A line in a log that has no progress bar."""
-        hours = (self.args.total_timesteps - global_step) / shown["SPS"] / 3600
+        hours = max(self.args.total_timesteps - global_step, 0) / shown["SPS"] / 3600
         figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left at this speed")
 
@@ -1882,7 +1891,7 @@ class Run:
     def close(self) -> None:
         """Ends what ``start`` has begun; waits for W&B's upload."""
         self.bar.close()
-        os.close(self.folder)
+        os.close(self.lock)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
 
 
@@ -2041,7 +2050,7 @@ def is_a(value, hint) -> bool:
         return value in get_args(hint)
     if kind in (list, tuple):
         return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
-    return isinstance(value, hint)
+    return isinstance(value, hint) or (type(value) is int and isinstance(float(value), hint))
 
 
 def read_flags(path: Path, resume: bool) -> Args:
@@ -2093,8 +2102,9 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
         sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
     contents = load(path, resume=True)
     step = contents["global_step"]
-    is_finished = step == args.total_timesteps and (run_dir / "model.pt").exists()
-    if step > args.total_timesteps or is_finished:
+    is_finished = step >= args.total_timesteps and has_model(run_dir, step)
+    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")
     script = Path(__file__).name
@@ -2107,9 +2117,15 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
             say(f"note: {flag(name)} is {now}, it was {before}: this flag is never taken from a file")
 
 
+def has_model(run_dir: Path, global_step: int) -> bool:
+    """Whether ``model.pt`` is of this step: of a run that was prolonged, it may be older."""
+    path = run_dir / "model.pt"
+    return path.is_file() and load(path)["global_step"] == global_step
+
+
 def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
     """What is left of a run that was stopped."""
-    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
+    if global_step >= args.total_timesteps and has_model(run_dir, global_step):
         return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
     if not (run_dir / "checkpoint.pt").is_file():
         return f"stopped at step {global_step:,}; nothing could be saved"
@@ -2158,7 +2174,8 @@ def plain_switch(word: str) -> str:
 def parse_args(default: Args | None = None) -> Args:
     """The flags of the command line; those that are not given are as in ``default``.
 
-    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    Ends the program with one sentence if the game is unknown, a default is not of its flag's type, or --resume or
+    --evaluate cannot be meant.
     """
     groups = {
         "algorithm": AlgorithmFlags,
@@ -2190,6 +2207,10 @@ def parse_args(default: Args | None = None) -> Args:
         sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
     if args.resume and args.evaluate:
         sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    for name, hint in get_type_hints(Args).items():  # tyro takes a default as it stands: 1e7, say, for a whole number
+        value = getattr(args, name)
+        if not is_a(value, hint):
+            sys.exit(f"error: the default of {flag(name)} is {value!r}, which does not fit its type")
     args.env_id = Game.find_game(args.env_id)
     return args
 
@@ -2213,7 +2234,7 @@ def check_args(args: Args) -> None:
         "max_grad_norm": (1e-12, 10**6),
         "num_actors": (1, 1000),
         "envs_per_actor": (1, 100),
-        "max_episode_frames": (FRAME_SKIP * CHUNK, NO_LIMIT),
+        "max_episode_frames": (2 * FRAME_SKIP * CHUNK, NO_LIMIT),  # else all that the first chunk has may be cut off
     }
     for name, (low, high) in (COMMON_RANGES | ranges).items():
         value = getattr(args, name)

@@ -106,13 +106,13 @@ class AlgorithmFlags:
     start_e: float = 1.0
     """epsilon, the probability of a random action, at the first step"""
     end_e: float = 0.01
-    """epsilon once it has fallen"""
+    """epsilon after --exploration-fraction of the run"""
     exploration_fraction: float = 0.10
     """fraction of --total-timesteps in which epsilon falls from --start-e to --end-e"""
     learning_starts: int = 80_000
     """steps before the first update"""
     train_frequency: int = 4
-    """steps for each update"""
+    """steps from one update to the next; with 8 games, each step of all of them is followed by 8 / this many"""
 
 
 @dataclass
@@ -275,7 +275,8 @@ class Replay:
         """Draws valid transitions uniformly, with replacement, without waiting for the device."""
         newest = self.num_steps_on_device - 1  # its successor is not stored yet
         oldest = (self.num_steps_on_device - self.max_steps + HISTORY).clamp(min=0)
-        # The device alone knows these bounds, so draws come from a range so large that the remainder favours none.
+        # The bounds are tensors for which the CPU must not wait, so it draws large numbers and takes their remainders:
+        # that favours none by more than the range / 2**31.
         # Truncations are rare: of 8 draws for each place in the batch, enough are valid.
         draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device)
         draws = oldest * self.num_envs + draws % ((newest - oldest) * self.num_envs)
@@ -413,7 +414,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     exploration_steps = args.exploration_fraction * args.total_timesteps
 
     def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` the last step of all environments has reached."""
+        """How many multiples of ``frequency`` ``global_step`` has passed in the last step of all environments."""
         return multiples(frequency, global_step - args.num_envs, global_step)
 
     with closing(run), closing(envs):
@@ -539,12 +540,11 @@ class Atari(gym.Wrapper):
         """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
         if self.game_ended or seed is not None:
             self._start_game(seed)
-        self.stack[:-1] = 0
         if self.fire_action is not None:
             self._repeat_action(self.fire_action)
-            self.stack[:-1] = 0
             if self.game_ended:
                 return self.reset()
+        self.stack[:-1] = 0  # nothing of the last episode is seen, and nothing from before FIRE
         self.lives = self.ale.lives()
         return self.stack, {}
 
@@ -1005,7 +1005,7 @@ class Overlay(gym.Wrapper):
     def draw_q_values(self, top: int, bottom: int) -> None:
         """One bar an action, its length the Q-value's distance from the lowest: values often differ by a percent."""
         low, high = finite_range(self.q_values, BAR_SPAN)
-        self.title(top - 14, "Q(s, a)", f"full bar: lowest + {number(high - low)}", self.action_key())
+        self.title(top - 14, "Q(s, a)", f"full bar: lowest + {high - low:.2g}", self.action_key())
         pitch = min(36, (bottom - top) // len(self.q_values))
         size = min(15, pitch - 4)
         left = self.LEFT + 130
@@ -1161,7 +1161,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     ends it early, without results.
     """
     game = Game(args)
-    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    env = Overlay(game, f"{args.exp_name[:30]} \u2022 trained {global_step:,} steps", args.eval_epsilon)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
@@ -1592,17 +1592,18 @@ class Run:
 
     def start(self, resume: Path | None) -> int:
         """Begins anew or goes on from the checkpoint ``resume``; returns the step that it was written at."""
-        self.folder = lock(self.run_dir)
+        self.lock = lock(self.run_dir)
         global_step = 0
         run_id = None
+        self.evaluated_step = 0  # up to which evaluations have been played
         if resume:
             global_step, run_id = self.load_checkpoint(resume)
             self.saved_step = global_step
         self.tracker = Tracker(self.args, self.run_dir, run_id=run_id)
         self.stop_signals = catch_signals()
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=None)
-        self.clock = self.spoken = self.checkpoint_time = time.perf_counter()
-        self.clock_step = self.evaluated_step = global_step
+        self.logged_time = self.said_time = self.checkpoint_time = time.perf_counter()
+        self.logged_step = global_step
         return global_step
 
     def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
@@ -1616,6 +1617,7 @@ class Run:
                 part.load_state_dict(contents[name])
             load_random_state(contents["random"], self.agent.device)
             self.check_step(global_step)
+            self.evaluated_step = min(contents["evaluated_step"], global_step)
             if contents["precision"] != self.agent.precision:
                 say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
         except Exception as error:
@@ -1634,6 +1636,7 @@ class Run:
             contents = header(self.args, global_step)
             contents["precision"] = self.agent.precision
             contents["wandb_run_id"] = self.tracker.run_id
+            contents["evaluated_step"] = self.evaluated_step
             contents["random"] = random_state(self.agent.device)
             for name, part in {"agent": self.agent, **self.parts}.items():
                 contents[name] = part.state_dict()
@@ -1643,21 +1646,23 @@ class Run:
     def save_and_evaluate(self, global_step: int) -> None:
         """Does each when it is due; in the last step ``finish`` does."""
         if global_step >= self.args.total_timesteps:
+            self.evaluated_step = global_step
             return
         if self.checkpoint_is_due():
             self.save_checkpoint(global_step)
             self.checkpoint_time = time.perf_counter()  # of one that failed as well
         if self.evaluation_is_due(global_step):
             self.evaluate(global_step)
+        if not self.stop_signals:  # one that was cut off is played when the run goes on
+            self.evaluated_step = global_step
 
     def checkpoint_is_due(self) -> bool:
         minutes = (time.perf_counter() - self.checkpoint_time) / 60
         return 0 < self.args.checkpoint_minutes < minutes
 
     def evaluation_is_due(self, global_step: int) -> bool:
-        """Whether a multiple of the frequency, or a tenth of it, was reached since the last call."""
+        """Whether a multiple of the frequency, or a tenth of it, was reached since ``evaluated_step``."""
         before = self.evaluated_step
-        self.evaluated_step = global_step
         frequency = self.args.eval_frequency
         is_first = before < frequency // 10 <= global_step
         return is_first or multiples(frequency, before, global_step) > 0
@@ -1671,7 +1676,7 @@ class Run:
         """The time of what runs inside is no part of SPS."""
         start = time.perf_counter()
         yield
-        self.clock += time.perf_counter() - start
+        self.logged_time += time.perf_counter() - start
 
     def log_games(self, games: list[dict], global_step: int) -> None:
         """Logs the games that have ended in a step."""
@@ -1682,22 +1687,22 @@ class Run:
     def log(self, charts: dict[str, float], global_step: int) -> None:
         """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
         now = time.perf_counter()
-        charts = {"charts/SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        charts = {"charts/SPS": (global_step - self.logged_step) / (now - self.logged_time)} | charts
         losses = {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
         self.tracker.log(charts | losses, global_step)
         shown = {name.split("/")[1]: value for name, value in charts.items()}
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
-        if self.bar.disable and now > self.spoken + 60:
-            self.spoken = now
+        if self.bar.disable and now > self.said_time + 60:
+            self.said_time = now
             self.say_progress(shown, global_step)
-        self.clock = now
-        self.clock_step = global_step
+        self.logged_time = now
+        self.logged_step = global_step
 
     def say_progress(self, shown: dict[str, float], global_step: int) -> None:
         """A line in a log that has no progress bar."""
-        hours = (self.args.total_timesteps - global_step) / shown["SPS"] / 3600
+        hours = max(self.args.total_timesteps - global_step, 0) / shown["SPS"] / 3600
         figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left at this speed")
 
@@ -1719,7 +1724,7 @@ class Run:
     def close(self) -> None:
         """Ends what ``start`` has begun; waits for W&B's upload."""
         self.bar.close()
-        os.close(self.folder)
+        os.close(self.lock)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
 
 
@@ -1877,7 +1882,7 @@ def is_a(value, hint) -> bool:
         return value in get_args(hint)
     if kind in (list, tuple):
         return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
-    return isinstance(value, hint)
+    return isinstance(value, hint) or (type(value) is int and isinstance(float(value), hint))
 
 
 def read_flags(path: Path, resume: bool) -> Args:
@@ -1929,8 +1934,9 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
         sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
     contents = load(path, resume=True)
     step = contents["global_step"]
-    is_finished = step == args.total_timesteps and (run_dir / "model.pt").exists()
-    if step > args.total_timesteps or is_finished:
+    is_finished = step >= args.total_timesteps and has_model(run_dir, step)
+    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")
     script = Path(__file__).name
@@ -1943,9 +1949,15 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
             say(f"note: {flag(name)} is {now}, it was {before}: this flag is never taken from a file")
 
 
+def has_model(run_dir: Path, global_step: int) -> bool:
+    """Whether ``model.pt`` is of this step: of a run that was prolonged, it may be older."""
+    path = run_dir / "model.pt"
+    return path.is_file() and load(path)["global_step"] == global_step
+
+
 def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
     """What is left of a run that was stopped."""
-    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
+    if global_step >= args.total_timesteps and has_model(run_dir, global_step):
         return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
     if not (run_dir / "checkpoint.pt").is_file():
         return f"stopped at step {global_step:,}; nothing could be saved"
@@ -1994,7 +2006,8 @@ def plain_switch(word: str) -> str:
 def parse_args(default: Args | None = None) -> Args:
     """The flags of the command line; those that are not given are as in ``default``.
 
-    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    Ends the program with one sentence if the game is unknown, a default is not of its flag's type, or --resume or
+    --evaluate cannot be meant.
     """
     groups = {
         "algorithm": AlgorithmFlags,
@@ -2026,6 +2039,10 @@ def parse_args(default: Args | None = None) -> Args:
         sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
     if args.resume and args.evaluate:
         sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    for name, hint in get_type_hints(Args).items():  # tyro takes a default as it stands: 1e7, say, for a whole number
+        value = getattr(args, name)
+        if not is_a(value, hint):
+            sys.exit(f"error: the default of {flag(name)} is {value!r}, which does not fit its type")
     args.env_id = Game.find_game(args.env_id)
     return args
 

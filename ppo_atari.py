@@ -61,6 +61,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
@@ -597,12 +598,11 @@ class Atari(gym.Wrapper):
         """Starts the next game if the last one has ended or a seed is given, otherwise the next life."""
         if self.game_ended or seed is not None:
             self._start_game(seed)
-        self.stack[:-1] = 0
         if self.fire_action is not None:
             self._repeat_action(self.fire_action)
-            self.stack[:-1] = 0
             if self.game_ended:
                 return self.reset()
+        self.stack[:-1] = 0  # nothing of the last episode is seen, and nothing from before FIRE
         self.lives = self.ale.lives()
         return self.stack, {}
 
@@ -1012,11 +1012,12 @@ def join_ranks(device: torch.device) -> None:
     if WORLD_SIZE == 1:
         return
     store, _, _ = next(dist.rendezvous("env://"))
-    # On one machine, torchrun can start its ranks anew with the store of those before, whose addresses are still there.
+    # When torchrun starts the ranks of one machine again, the store still has the addresses of those that have died.
     attempt = RESTARTS if LOCAL_WORLD_SIZE == WORLD_SIZE else 0
     store = dist.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    patience = timedelta(days=1)  # for an evaluation, which rank 0 plays alone; a rank that dies is noticed at once
+    dist.init_process_group(backend, timeout=patience, store=store, rank=RANK, world_size=WORLD_SIZE)
 
 
 def together(operation, *arguments) -> None:
@@ -1357,12 +1358,13 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     ends it early, without results.
     """
     game = Game(args)
-    env = Overlay(game, f"{args.exp_name} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    env = Overlay(game, f"{args.exp_name[:30]} \u2022 trained {global_step:,} steps", args.eval_epsilon)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
     game.recording = recorder.active
     episodes = []
+    progress = tqdm(total=args.eval_episodes, desc="evaluating", unit="game", leave=False, disable=None)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while len(episodes) < args.eval_episodes and not stopped():
         thoughts, action = agent.think(upload(observation, agent.device), rng)
@@ -1375,10 +1377,12 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
             recorder.write(env)
             recorder.close()
             episodes.append(info["episode"])
+            progress.update()
         game.recording = recorder.active
         if terminated or truncated:
             observation, _ = env.reset()
     recorder.close()
+    progress.close()
     if len(episodes) < args.eval_episodes:
         return
     returns = [episode["r"] for episode in episodes]
@@ -1768,9 +1772,10 @@ class Run:
 
     def start(self, resume: Path | None) -> int:
         """Begins anew or goes on from the checkpoint ``resume``; returns the step that it was written at."""
-        self.folder = lock(self.run_dir) if RANK == 0 else None
+        self.lock = lock(self.run_dir) if RANK == 0 else None
         global_step = 0
         run_id = None
+        self.evaluated_step = 0  # up to which evaluations have been played
         if resume:
             global_step, run_id = self.load_checkpoint(resume)
             self.saved_step = global_step
@@ -1780,8 +1785,8 @@ class Run:
         self.stopped = False  # whether any rank has one
         hidden = True if RANK else None
         self.bar = tqdm(total=self.args.total_timesteps, initial=global_step, unit="step", disable=hidden)
-        self.clock = self.spoken = self.checkpoint_time = time.perf_counter()
-        self.clock_step = self.evaluated_step = global_step
+        self.logged_time = self.said_time = self.checkpoint_time = time.perf_counter()
+        self.logged_step = global_step
         return global_step
 
     def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
@@ -1797,6 +1802,7 @@ class Run:
             load_random_state(own["random"], self.agent.device)
             if global_step % self.args.num_envs:
                 raise ValueError(f"its global_step is {global_step} with {self.args.num_envs} games")
+            self.evaluated_step = min(contents["evaluated_step"], global_step)
             if contents["precision"] != self.agent.precision and RANK == 0:
                 say(f"the precision is {self.agent.precision} here; it was {contents['precision']}")
         except Exception as error:
@@ -1815,6 +1821,7 @@ class Run:
                 contents = header(self.args, global_step)
                 contents["precision"] = self.agent.precision
                 contents["wandb_run_id"] = self.tracker.run_id
+                contents["evaluated_step"] = self.evaluated_step
                 contents["agent"] = self.agent.state_dict()
                 contents["ranks"] = ranks
                 if save(self.run_dir / "checkpoint.pt", contents):
@@ -1823,12 +1830,15 @@ class Run:
     def save_and_evaluate(self, global_step: int) -> None:
         """Does each when it is due; in the last step ``finish`` does."""
         if global_step >= self.args.total_timesteps:
+            self.evaluated_step = global_step
             return
         if self.checkpoint_is_due():
             self.save_checkpoint(global_step)
             self.checkpoint_time = time.perf_counter()  # of one that failed as well
         if self.evaluation_is_due(global_step):
             self.evaluate(global_step)
+        if not self.stop_signals:  # one that was cut off is played when the run goes on
+            self.evaluated_step = global_step
 
     def checkpoint_is_due(self) -> bool:
         """By rank 0's clock."""
@@ -1836,9 +1846,8 @@ class Run:
         return gather(0 < self.args.checkpoint_minutes < minutes)[0]
 
     def evaluation_is_due(self, global_step: int) -> bool:
-        """Whether a multiple of the frequency, or a tenth of it, was reached since the last call."""
+        """Whether a multiple of the frequency, or a tenth of it, was reached since ``evaluated_step``."""
         before = self.evaluated_step
-        self.evaluated_step = global_step
         frequency = self.args.eval_frequency
         is_first = before < frequency // 10 <= global_step
         return is_first or multiples(frequency, before, global_step) > 0
@@ -1853,7 +1862,7 @@ class Run:
         """The time of what runs inside is no part of SPS."""
         start = time.perf_counter()
         yield
-        self.clock += time.perf_counter() - start
+        self.logged_time += time.perf_counter() - start
 
     def log_games(self, games: list[dict], global_step: int) -> None:
         """Logs the games that have ended in an iteration, of all ranks, each at its ``global_step``."""
@@ -1866,18 +1875,18 @@ class Run:
     def log(self, charts: dict[str, float], global_step: int) -> None:
         """Logs charts, the agent's metrics and the speed since the last call, and moves the progress bar."""
         now = time.perf_counter()
-        charts = {"charts/SPS": (global_step - self.clock_step) / (now - self.clock)} | charts
+        charts = {"charts/SPS": (global_step - self.logged_step) / (now - self.logged_time)} | charts
         losses = {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
         self.tracker.log(charts | losses, global_step)
         shown = {name.split("/")[1]: value for name, value in charts.items()}
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
-        if self.bar.disable and now > self.spoken + 60:
-            self.spoken = now
+        if self.bar.disable and now > self.said_time + 60:
+            self.said_time = now
             self.say_progress(shown, global_step)
-        self.clock = now
-        self.clock_step = global_step
+        self.logged_time = now
+        self.logged_step = global_step
 
     def hear_all_ranks(self) -> None:
         """All ranks stop when one is told to."""
@@ -1887,7 +1896,7 @@ class Run:
         """A line of rank 0 in a log that has no progress bar."""
         if RANK > 0:
             return
-        hours = (self.args.total_timesteps - global_step) / shown["SPS"] / 3600
+        hours = max(self.args.total_timesteps - global_step, 0) / shown["SPS"] / 3600
         figures = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
         say(f"step {global_step:,} of {self.args.total_timesteps:,}: {figures}, {hours:.1f} hours left at this speed")
 
@@ -1915,7 +1924,7 @@ class Run:
         """Ends what ``start`` has begun; waits for W&B's upload."""
         self.bar.close()
         if RANK == 0:
-            os.close(self.folder)
+            os.close(self.lock)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
 
 
@@ -2073,7 +2082,7 @@ def is_a(value, hint) -> bool:
         return value in get_args(hint)
     if kind in (list, tuple):
         return isinstance(value, kind) and all(is_a(item, get_args(hint)[0]) for item in value)
-    return isinstance(value, hint)
+    return isinstance(value, hint) or (type(value) is int and isinstance(float(value), hint))
 
 
 def read_flags(path: Path, resume: bool) -> Args:
@@ -2125,8 +2134,9 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
         sys.exit("error: --run-dir cannot act on --resume: a run goes on in its own folder")
     contents = load(path, resume=True)
     step = contents["global_step"]
-    is_finished = step == args.total_timesteps and (run_dir / "model.pt").exists()
-    if step > args.total_timesteps or is_finished:
+    is_finished = step >= args.total_timesteps and has_model(run_dir, step)
+    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")
     script = Path(__file__).name
@@ -2147,9 +2157,15 @@ def check_ranks(path: Path) -> None:
         sys.exit(f"error: {path} is of {ranks} ranks, here are {WORLD_SIZE}: {advice}")
 
 
+def has_model(run_dir: Path, global_step: int) -> bool:
+    """Whether ``model.pt`` is of this step: of a run that was prolonged, it may be older."""
+    path = run_dir / "model.pt"
+    return path.is_file() and load(path)["global_step"] == global_step
+
+
 def how_to_go_on(args: Args, run_dir: Path, global_step: int, saved_step: int | None) -> str:
     """What is left of a run that was stopped."""
-    if global_step >= args.total_timesteps and (run_dir / "model.pt").is_file():
+    if global_step >= args.total_timesteps and has_model(run_dir, global_step):
         return f"stopped in the last evaluation; play the model with: --evaluate {run_dir / 'model.pt'}"
     if not (run_dir / "checkpoint.pt").is_file():
         return f"stopped at step {global_step:,}; nothing could be saved"
@@ -2198,7 +2214,8 @@ def plain_switch(word: str) -> str:
 def parse_args(default: Args | None = None) -> Args:
     """The flags of the command line; those that are not given are as in ``default``.
 
-    Ends the program with one sentence if the game is unknown, or --resume or --evaluate cannot be meant.
+    Ends the program with one sentence if the game is unknown, a default is not of its flag's type, or --resume or
+    --evaluate cannot be meant.
     """
     groups = {
         "algorithm": AlgorithmFlags,
@@ -2230,6 +2247,10 @@ def parse_args(default: Args | None = None) -> Args:
         sys.exit("error: an empty --resume or --evaluate: give a run folder, a checkpoint.pt or a model.pt")
     if args.resume and args.evaluate:
         sys.exit("error: --resume trains and --evaluate does not: give one of them")
+    for name, hint in get_type_hints(Args).items():  # tyro takes a default as it stands: 1e7, say, for a whole number
+        value = getattr(args, name)
+        if not is_a(value, hint):
+            sys.exit(f"error: the default of {flag(name)} is {value!r}, which does not fit its type")
     args.env_id = Game.find_game(args.env_id)
     return args
 

@@ -154,6 +154,7 @@ CHANGES = {
     "a choice that there is not": set_key("args", "precision", "float8"),
     "a step that is no number": set_key("global_step", "80"),
     "a step below zero": set_key("global_step", -5),
+    "evaluated up to no number": set_key("evaluated_step", "80"),
     "no W&B run": set_key("wandb_run_id", ...),
     "a W&B run that is no name": set_key("wandb_run_id", 7),
     "fewer games": fewer_games,
@@ -320,6 +321,30 @@ def test_run_that_died_before_its_model_was_written_is_finished_by_resume(dqn_ru
     assert same(whole["agent"], again["agent"])
 
 
+@pytest.mark.parametrize("script", SERIAL)
+def test_model_that_is_missing_or_older_is_written_on_resume(script, tmp_path, monkeypatch):
+    """The last step may lie beyond --total-timesteps: 80 of 79."""
+    module = importlib.import_module(script)
+    flags = FLAGS + (ON_POLICY if script == "ppo_atari" else OFF_POLICY)
+    assert call_main(monkeypatch, tmp_path, flags.replace("-timesteps 80", "-timesteps 79"), script) == 0
+    folder = run_folder(tmp_path)
+    resume = f"--resume {folder} --wandb-mode disabled"
+    (folder / "model.pt").unlink()
+    assert call_main(monkeypatch, tmp_path, resume, script) == 0
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 80
+    with pytest.raises(SystemExit) as error:
+        call_main(monkeypatch, tmp_path, resume, script)
+    assert "is at step 80 of --total-timesteps 79: raise it" in sentence(error)
+
+    with monkeypatch.context() as full_disk:
+        save = module.save
+        full_disk.setattr(module, "save", lambda path, contents: path.name != "model.pt" and save(path, contents))
+        assert call_main(monkeypatch, tmp_path, resume + " --total-timesteps 99", script) == 1
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 80
+    assert call_main(monkeypatch, tmp_path, resume, script) == 0
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 100
+
+
 # -------------------------------------------------------------------------------------- folders, disks, locks
 
 
@@ -412,8 +437,10 @@ def test_stop_says_what_there_is_to_go_on_with(tmp_path):
     assert say(tmp_path, 80, 40) == (
         f"stopped at step 80, which could not be saved; go on from an earlier one: --resume {tmp_path}"
     )
-    (tmp_path / "model.pt").touch()
-    assert say(tmp_path, 80, 80) == f"stopped at step 80; go on with: --resume {tmp_path}"  # the model is an older one
+    for step in (80, 100):
+        torch.save(dqn_atari.header(dqn_atari.Args(), step) | {"agent": {}}, tmp_path / "model.pt")
+        assert say(tmp_path, 80, 80) == f"stopped at step 80; go on with: --resume {tmp_path}"
+        assert ("--evaluate" in say(tmp_path, 100, 100)) == (step == 100)
     assert say(tmp_path, 100, 100).endswith(f"--evaluate {tmp_path / 'model.pt'}")
 
 
@@ -422,7 +449,7 @@ def test_stop_says_what_there_is_to_go_on_with(tmp_path):
 
 @pytest.mark.parametrize("script", SERIAL)
 def test_checkpoint_stands_before_the_evaluation_of_its_step(script, tmp_path, monkeypatch):
-    """What breaks in an evaluation costs nothing: not in the middle of a run, and not at its end."""
+    """What breaks in an evaluation costs nothing: the run goes on, and plays it in its next step."""
     flags = FLAGS + (ON_POLICY if script == "ppo_atari" else OFF_POLICY)
     flags = flags.replace("--eval-frequency 0", "--eval-frequency 400 --checkpoint-minutes 1e-9")
 
@@ -432,6 +459,34 @@ def test_checkpoint_stands_before_the_evaluation_of_its_step(script, tmp_path, m
     with pytest.raises(ArithmeticError):
         call_main(monkeypatch, tmp_path, flags, script, broken)
     assert torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 40
+    assert evaluations_of_resumed_run(monkeypatch, tmp_path, script) == [60 if script == "ppo_atari" else 42, 80]
+
+
+@pytest.mark.parametrize("script", SERIAL)
+def test_evaluation_that_a_stop_cuts_off_is_played_when_the_run_goes_on(script, tmp_path, monkeypatch):
+    flags = FLAGS + (ON_POLICY if script == "ppo_atari" else OFF_POLICY)
+    flags = flags.replace("--eval-frequency 0", "--eval-frequency 400")
+
+    def stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert call_main(monkeypatch, tmp_path, flags, script, stop) == 128 + signal.SIGTERM
+    assert torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)["global_step"] == 40
+    assert evaluations_of_resumed_run(monkeypatch, tmp_path, script) == [60 if script == "ppo_atari" else 42, 80]
+    flags = " --total-timesteps 100 --eval-frequency 80"  # that of step 80 has been played: it was the last
+    assert evaluations_of_resumed_run(monkeypatch, tmp_path, script, flags) == [100]
+
+
+def evaluations_of_resumed_run(monkeypatch, folder: Path, script: str, flags="") -> list[int]:
+    """The steps at which a run evaluates after it has been resumed."""
+    evaluated = []
+
+    def evaluate(args, agent, global_step, *rest):
+        evaluated.append(global_step)
+
+    flags = f"--resume {run_folder(folder)} --wandb-mode disabled" + flags
+    assert call_main(monkeypatch, folder, flags, script, evaluate) == 0
+    return evaluated
 
 
 def test_stop_in_the_last_evaluation_ends_at_once_and_the_model_is_there(tmp_path):

@@ -2,9 +2,12 @@
 
 import importlib
 import re
+import sys
+import types
 from typing import get_type_hints
 
 import pytest
+import torch
 from conftest import ROOT
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*_atari*.py"))
@@ -36,6 +39,33 @@ def test_whole_numbers_can_be_written_in_several_ways(dqn, monkeypatch, text):
     args = parse(dqn, f"--total-timesteps {text} --learning-starts={text} --num-workers 2e0", monkeypatch)
     assert (args.total_timesteps, args.learning_starts, args.num_workers) == (1_000_000, 1_000_000, 2)
     assert type(args.total_timesteps) is type(args.num_workers) is int
+
+
+def changed(script, old: str, new: str):
+    """A copy of a script in which someone has edited a default."""
+    source = (ROOT / f"{script.__name__}.py").read_text()
+    assert source.count(old) == 1
+    copy = types.ModuleType(script.__name__)
+    copy.__file__ = script.__file__
+    sys.modules["copy_of_a_script"] = copy  # dataclasses look up types there
+    copy.__name__ = "copy_of_a_script"
+    exec(compile(source.replace(old, new), script.__file__, "exec"), vars(copy))
+    return copy
+
+
+def test_default_may_be_a_whole_number(script, tmp_path, monkeypatch):
+    copy = changed(script, "checkpoint_minutes: float = 15.0", "checkpoint_minutes: float = 5")
+    args = parse(copy, "", monkeypatch)
+    assert args.checkpoint_minutes == 5
+    torch.save(copy.header(args, 0) | {"agent": {}}, tmp_path / "model.pt")
+    assert copy.read_flags(tmp_path / "model.pt", resume=False).checkpoint_minutes == 5
+
+
+def test_default_of_another_type_is_refused_before_it_is_saved(script, monkeypatch):
+    copy = changed(script, "total_timesteps: int = 10_000_000", "total_timesteps: int = 1e7")
+    with pytest.raises(SystemExit) as error:
+        parse(copy, "", monkeypatch)
+    assert error.value.code == "error: the default of --total-timesteps is 10000000.0, which does not fit its type"
 
 
 @pytest.mark.parametrize("text", ["1.5", "1e-3", "nan", "inf", "many", ""])

@@ -297,7 +297,7 @@ def test_time_of_checkpoints_and_evaluations_is_no_part_of_the_speed(monkeypatch
 def test_evaluations_come_after_a_tenth_and_at_multiples(monkeypatch, tmp_path, frequency, start, expected):
     args = Args(wandb_mode="disabled", total_timesteps=2400, eval_frequency=frequency, checkpoint_minutes=0)
     run = dqn_atari.Run(args, tmp_path, make_agent(), {})
-    run.checkpoint_time, run.evaluated_step = 0.0, start
+    run.checkpoint_time, run.evaluated_step, run.stop_signals = 0.0, start, []
     evaluated = []
     monkeypatch.setattr(run, "evaluate", evaluated.append)
     for step in range(start + 4, 2404, 4):
@@ -315,7 +315,7 @@ def test_checkpoints_come_by_the_clock(monkeypatch, module):
         clock[0] += 450
 
     run = module.Run(module.Args(total_timesteps=4000, eval_frequency=0), None, None, {})
-    run.checkpoint_time = run.evaluated_step = 0
+    run.checkpoint_time, run.evaluated_step, run.stop_signals = 0, 0, []
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(run, "save_checkpoint", save)
     for step in range(1000, 5000, 1000):

@@ -303,7 +303,7 @@ def test_saliency_is_computed_only_for_pictures(tmp_path, monkeypatch):
     assert len(calls) == 8
     for network, observation, action in calls:
         assert network is agent.q_network and action == agent.think(observation)[1]
-    for flags in ({"capture_video": False}, {"saliency": "none"}):
+    for flags in ({"capture_video": False}, {"saliency": "none"}, {"panels": ("q_values", "facts")}):
         calls.clear()
         evaluate(Args(**(vars(args) | flags)), agent, 1, tmp_path, UNRECORDED)
         assert not calls
