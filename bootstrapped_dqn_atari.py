@@ -2239,6 +2239,7 @@ def check_args(args: Args) -> None:
         "learning_starts": (0, NO_LIMIT),
         "train_frequency": (1, NO_LIMIT),
         "n_step": (1, 1000),
+        "max_episode_frames": (80 + 2 * FRAME_SKIP * args.n_step, NO_LIMIT),  # else most returns would be cut off
         "num_heads": (1, MAX_HEADS),
         "mask_probability": (1e-12, 1),
         "prior_scale": (0, 1000),
@@ -2263,7 +2264,7 @@ def check_args(args: Args) -> None:
 NO_LIMIT = 10**12  # where a number may be as large as you like
 COMMON_RANGES = {
     "sticky_actions": (0, 1),
-    "max_episode_frames": (1, NO_LIMIT),
+    "max_episode_frames": (80, NO_LIMIT),  # of which up to 34 pass before the first action
     "video_length": (1, NO_LIMIT),
     "eval_frequency": (0, NO_LIMIT),
     "eval_episodes": (1, NO_LIMIT),

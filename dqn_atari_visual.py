@@ -2442,7 +2442,7 @@ def check_args(args: Args) -> None:
 NO_LIMIT = 10**12  # where a number may be as large as you like
 COMMON_RANGES = {
     "sticky_actions": (0, 1),
-    "max_episode_frames": (1, NO_LIMIT),
+    "max_episode_frames": (80, NO_LIMIT),  # of which up to 34 pass before the first action
     "video_length": (1, NO_LIMIT),
     "eval_frequency": (0, NO_LIMIT),
     "eval_episodes": (1, NO_LIMIT),
