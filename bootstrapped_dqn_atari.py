@@ -2238,8 +2238,7 @@ def check_args(args: Args) -> None:
         "exploration_fraction": (1e-12, 1),
         "learning_starts": (0, NO_LIMIT),
         "train_frequency": (1, NO_LIMIT),
-        "n_step": (1, 1000),
-        "max_episode_frames": (80 + 2 * FRAME_SKIP * args.n_step, NO_LIMIT),  # else most returns would be cut off
+        "n_step": (1, min(1000, (args.max_episode_frames - 72) // 8)),  # else most returns would be cut off
         "num_heads": (1, MAX_HEADS),
         "mask_probability": (1e-12, 1),
         "prior_scale": (0, 1000),

@@ -158,7 +158,7 @@ REFUSED = [
         "transitions that are stored when learning starts",
     ),
     ("dqn_atari", "--max-episode-frames 79", "error: --max-episode-frames is 79: it must be between 80 and"),
-    ("bootstrapped_dqn_atari", "--n-step 10 --max-episode-frames 159", "is 159: it must be between 160 and"),
+    ("bootstrapped_dqn_atari", "--n-step 10 --max-episode-frames 151", "is 10: it must be between 1 and 9"),
     ("bootstrapped_dqn_atari", "--n-step 0", "error: --n-step is 0: it must be between 1 and 1,000"),
     ("dqn_atari", "--resume a --evaluate b", "error: --resume trains and --evaluate does not: give one of them"),
     ("dqn_atari", "--resume=", "error: an empty --resume or --evaluate: give a run folder"),
