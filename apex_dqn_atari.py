@@ -13,7 +13,7 @@
 #   "ray>=2.52",
 # ]
 # ///
-"""Ape-X DQN on Atari, in one file: many actors play, one learner replays what surprises it most.
+"""Ape-X DQN on Atari, in one file: many actors play, one learner replays large TD errors most often.
 
 Horgan et al. 2018, "Distributed Prioritized Experience Replay", https://arxiv.org/abs/1803.00933, with double
 Q-learning (van Hasselt et al. 2016, https://arxiv.org/abs/1509.06461), the dueling network (Wang et al. 2016,

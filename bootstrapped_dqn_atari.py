@@ -23,9 +23,9 @@ Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", https://arxiv.org/a
     python bootstrapped_dqn_atari.py --evaluate runs/Pong__bootstrapped_dqn_atari__2__20260131-120000/model.pt
 
 Unlike the papers: 9 heads, each learning from a transition with probability 0.9, a prior scale of 10, Adam and its
-learning rate, all of https://github.com/johannah/bootstrap_dqn; epsilon-greedy on top of the heads; one hidden layer
-for all heads (one for each makes an update five times slower on a CPU); one random network with a head for each
-prior; the squared error without clipping; FIRE at the start of a game or life.
+learning rate, all as in https://github.com/johannah/bootstrap_dqn; epsilon-greedy on top of the heads; heads that
+share their hidden layer (one for each makes an update five times slower on a CPU); priors that are the heads of one
+random network; the squared error without clipping; FIRE at the start of a game or life.
 
 Unlike CleanRL's DQN, besides: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead
 of copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP

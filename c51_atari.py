@@ -116,7 +116,7 @@ class AlgorithmFlags:
     train_frequency: int = 4
     """steps from one update to the next; with 8 games, each step of all of them is followed by 8 / this many"""
     n_atoms: int = 51
-    """returns, evenly spaced from --v-min to --v-max, to which a distribution gives probabilities"""
+    """number of atoms: the returns, from --v-min to --v-max, that a distribution gives probabilities"""
     v_min: float = -10.0
     """lowest return of the distributions; a lower one counts as this"""
     v_max: float = 10.0
@@ -1035,7 +1035,7 @@ class Overlay(gym.Wrapper):
     def new_game(self) -> None:
         self.values = deque(maxlen=TRACE_STEPS)  # V(s) of the last states
         self.returns = deque(maxlen=TRACE_STEPS)  # return of the game up to each of them
-        self.likely = deque(maxlen=TRACE_STEPS)  # which atoms were more than hair-thin lines, bool [atoms]
+        self.likely = deque(maxlen=TRACE_STEPS)  # the atoms with a bar that can be seen, bool [atoms]
 
     def reset(self, **kwargs):
         new_game = self.env.game_ended

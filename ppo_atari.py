@@ -282,8 +282,9 @@ class Rollout:
     def estimate_advantages(self, rewards: torch.Tensor, ends: torch.Tensor) -> None:
         """Generalized advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, eq. 16).
 
-        ``rewards`` are float32 and ``ends`` bool, [num_steps, num_envs]; an end is a step after which nothing more is
-        to be had. The reward of a step that was truncated includes the discounted value of the state it led to.
+        ``rewards`` are float32 and ``ends`` bool, [num_steps, num_envs]; an end is the last step of an episode,
+        terminated or truncated. The reward of a step that was truncated includes the discounted value of the state it
+        led to.
         """
         discounts = self.args.gamma * ~ends
         deltas = rewards + discounts * self.values[1:] - self.values[:-1]
@@ -1602,7 +1603,7 @@ def sharing_cores(device: torch.device):
     """How the policy computes beside emulators: with one thread, and on a CPU with weights cast to bfloat16 once."""
     all_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for each other too long on cores that emulators use
-    # autocast keeps its casts until the outermost one ends; a CUDA graph needs its own, or it would read freed memory
+    # autocast keeps its casts until the outermost one ends. Not on CUDA: a graph would read one that has been freed.
     with torch.autocast(device.type, enabled=False, cache_enabled=device.type == "cpu"):
         yield
     torch.set_num_threads(all_threads)
