@@ -1988,7 +1988,7 @@ def is_intact(path: Path) -> bool:
 
 
 def is_a(value, hint) -> bool:
-    """``isinstance`` for the type of a flag, which may be a ``Literal`` or a list or tuple of one type."""
+    """``isinstance`` for the type of a flag: a ``Literal``, a list or tuple of one type; an int will do for a float."""
     kind = get_origin(hint)
     if kind is Literal:
         return value in get_args(hint)
