@@ -28,13 +28,13 @@ The learner is the process that is started; the actors are Ray actors. They run 
 same seed differ.
 
 Unlike the paper: an actor plays 8 games, each with the epsilon of one of the paper's actors; it takes newer weights
-only between chunks of 50 steps (charts/weights_age says how old they are); the learner holds the replay and
-overwrites the oldest transitions one by one; FIRE at the start of a game or life.
+only between chunks of 50 steps (charts/weights_age says how old they are); the learner holds the replay, in which an
+actor's chunk overwrites the oldest of that actor; FIRE at the start of a game or life.
 
-Unlike CleanRL's DQN, besides: zeros before an episode's first frame instead of copies of it, grayscale before the
-maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA and
-bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name like ALE/Pong-v5, which
-has --sticky-actions 0.25 elsewhere.
+Also unlike CleanRL's DQN: zeros before an episode's first frame instead of copies of it, grayscale before the maximum
+of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA and bfloat16 on
+a CPU that has it (not in the output layers). Sticky actions are off even under a name like ALE/Pong-v5, which has
+--sticky-actions 0.25 elsewhere.
 
 In this order:
 
@@ -117,7 +117,8 @@ SIZE = 84  # height and width of a frame
 FRAME_SKIP = 4  # emulator frames in an agent step
 NOOP_MAX = 30  # most idle frames at the start of a game
 CHUNK = 50  # steps of each environment that an actor sends at a time, as in the paper
-REQUESTS = 3  # chunks asked of each actor in advance, so that it never waits for the learner
+REQUESTS = 3  # chunks asked of each actor in advance, so that it seldom waits for the learner
+ACTOR_BYTES = 3e8  # main memory that an actor takes with its games
 SILENCE = 60  # seconds without a chunk after which an actor is missed
 PRIORITY_EPS = 1e-6  # added to the error, so that no transition is lost for good
 
@@ -184,7 +185,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    """play this model.pt or checkpoint.pt, with its flags unless given again, and train nothing"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
@@ -220,7 +221,7 @@ class RunFlags:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    """precision of all but the output layers; auto is bfloat16 on a CPU with instructions for it, else float32"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
@@ -228,7 +229,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
+    """go on with a run, given its folder or checkpoint.pt, with its flags unless given again; give W&B's again"""
 
 
 @dataclass
@@ -363,6 +364,7 @@ class Replay:
         shares = torch.arange(batch_size, device=self.device)
         draws = shares + torch.rand(batch_size, device=self.device).double()
         indices = torch.searchsorted(cumulative, draws / batch_size * cumulative[-1], right=True)
+        indices.clamp_(max=self.capacity - 1)  # after a nan priority: its loss, nan too, will end the run
 
         offsets = torch.arange(-HISTORY, self.args.n_step + 1, device=self.device) * self.args.num_envs
         places = (indices[:, None] + offsets) % self.capacity  # [batch, 4 + n]: 3 steps before, the drawn one, n after
@@ -443,8 +445,8 @@ def n_step_returns(rewards: np.ndarray, ends: np.ndarray, n_step: int, gamma: fl
 class Actor:
     """Plays ``envs_per_actor`` games with one forward pass a step, on one core: a Ray actor.
 
-    Each of its environments has the epsilon, and so the part, of one of the paper's actors. ``start`` is the learner's
-    step: a resumed run plays other games. An actor that Ray has started again has the seeds that it had at first.
+    Each of its environments has the epsilon that one actor has in the paper. ``start`` is the learner's step: a resumed
+    run plays other games. An actor that Ray has started again has the seeds that it had at first.
     """
 
     def __init__(self, args: Args, number: int, start: int):
@@ -453,9 +455,8 @@ class Actor:
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         torch.set_num_threads(1)
         self.args = args
-        self.numbers = number + args.num_actors * np.arange(
-            args.envs_per_actor
-        )  # so that each has small and large epsilons
+        # every num_actors-th of all environments, so that each actor has small and large epsilons
+        self.numbers = number + args.num_actors * np.arange(args.envs_per_actor)
         self.epsilons = epsilons(args)[self.numbers]
         self.rng = np.random.default_rng([args.seed, number, start])
         self.envs = [Game(args) for _ in self.numbers]
@@ -634,7 +635,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     actors.publish(agent.weights(), agent.updates)
 
     learn = capture_learning(args, agent, replay)
-    free_running = args.steps_per_update is None  # learner and actors do not wait for each other
+    free_running = args.steps_per_update is None  # no fixed ratio of steps to updates
     owed = 0.0  # updates still to be made
     logged_updates = agent.updates
     weights_ages = []  # of each chunk since the last log, in updates
@@ -707,7 +708,7 @@ def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], N
 
 
 # =============================================================================================================
-#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+#                Nothing below is part of the algorithm: games, videos, W&B, checkpoints, flags
 # =============================================================================================================
 
 
@@ -954,7 +955,7 @@ class Actors:
             if time.monotonic() - heard > SILENCE:
                 problem = f"actor {actor} has sent nothing for {SILENCE} s: its machine is gone, busy or out of memory"
                 remedy = "see raylet.out in Ray's logs, free memory or lower --buffer-size"
-                say(f"{problem} (Ray then kills it again and again: {remedy})", file=sys.stderr)
+                say(f"{problem} (if memory is short, Ray kills it again and again: {remedy})", file=sys.stderr)
                 self.heard[actor] = math.inf  # once is enough
 
     def check_ray(self) -> None:
@@ -1720,7 +1721,9 @@ def find_replay_device(args: Args, device: torch.device) -> torch.device:
         sys.exit(f"error: --replay-device cuda is not for a learner on {device}: leave it out")
     main_memory = torch.device("cpu")
     needed = args.buffer_size * BYTES_PER_TRANSITION
-    check_memory(f"--buffer-size {args.buffer_size}", needed, main_memory)
+    num_actors = args.num_actors if args.ray_address == "local" else 0  # on this machine
+    what = f"--buffer-size {args.buffer_size} beside {num_actors} actors"
+    check_memory(what, needed + num_actors * ACTOR_BYTES, main_memory)
     if device.type != "cuda" or args.replay_device == "cpu":
         return main_memory
     if args.replay_device == "cuda":
@@ -2103,7 +2106,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
     contents = load(path, resume=True)
     step = contents["global_step"]
     is_finished = step >= args.total_timesteps and has_model(run_dir, step)
-    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    is_beyond = step > args.total_timesteps and args.total_timesteps != saved.total_timesteps
     if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")

@@ -23,14 +23,15 @@ Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", https://arxiv.org/a
     python bootstrapped_dqn_atari.py --evaluate runs/Pong__bootstrapped_dqn_atari__2__20260131-120000/model.pt
 
 Unlike the papers: 9 heads, each learning from a transition with probability 0.9, a prior scale of 10, Adam and its
-learning rate, all as in https://github.com/johannah/bootstrap_dqn; epsilon-greedy on top of the heads; heads that
-share their hidden layer (one for each makes an update five times slower on a CPU); priors that are the heads of one
-random network; the squared error without clipping; FIRE at the start of a game or life.
+learning rate, gradients scaled down to a norm of 5, all as in https://github.com/johannah/bootstrap_dqn; epsilon-greedy
+on top of the heads; heads that share their hidden layer (one for each makes an update five times slower on a CPU);
+priors that are the heads of one random network; the squared error without clipping; FIRE at the start of a game or
+life.
 
-Unlike CleanRL's DQN, besides: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead
-of copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP
-after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even
-under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+Also unlike CleanRL's DQN: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead of
+copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP
+after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it (not in the output layers). Sticky actions are off
+even under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
 In this order:
 
@@ -155,7 +156,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    """play this model.pt or checkpoint.pt, with its flags unless given again, and train nothing"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
@@ -191,7 +192,7 @@ class RunFlags:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    """precision of all but the output layers; auto is bfloat16 on a CPU with instructions for it, else float32"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
@@ -199,7 +200,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
+    """go on with a run, given its folder or checkpoint.pt, with its flags unless given again; give W&B's again"""
 
 
 @dataclass
@@ -439,7 +440,7 @@ class Agent:
     def update(self, observations, actions, returns, next_observations, discounts, masks) -> None:
         """One step on the squared TD errors of a ``Batch``, each head's with its own double-Q target.
 
-        A transition's loss is the mean over the heads that learn from it, 0 if none does.
+        The loss is the mean over all pairs of a transition and a head that learns from it.
         """
         with torch.no_grad():
             next_pixels = self.q_network.scale(next_observations)
@@ -451,7 +452,7 @@ class Agent:
         all_values = self.q_network(observations)  # [batch, heads, actions]
         q_values = all_values.take_along_dim(actions[:, None, None], 2).squeeze(2)
         losses = masks * (q_values - td_target) ** 2
-        loss = (losses.sum(1) / masks.sum(1).clamp(min=1)).mean()
+        loss = losses.sum() / masks.sum().clamp(min=1)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.q_network.parameters(), self.args.max_grad_norm)
@@ -567,10 +568,10 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             replay.add(observations[:, -1], actions, *outcome)
             observations = upload(next_observations, device)
 
-            # follow another head in the next game
+            # draw the head of the next game
             for game in games:
                 head = heads.of_env[game["env"]].item()
-                run.tracker.log({"heads/acting": head, f"heads/episodic_return_{head}": game["r"]}, global_step)
+                run.tracker.log({f"heads/episodic_return_{head}": game["r"]}, global_step)
                 heads.draw(game["env"])
 
             # log, save, evaluate
@@ -600,7 +601,7 @@ def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], N
 
 
 # =============================================================================================================
-#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+#                Nothing below is part of the algorithm: games, videos, W&B, checkpoints, flags
 # =============================================================================================================
 
 
@@ -1151,7 +1152,7 @@ class Overlay(gym.Wrapper):
     def draw_decision(self, top: int) -> None:
         """The greedy action, who prefers it and whether it is taken."""
         num_heads = len(self.q_values)
-        who = "the vote is for" if self.head is None else f"head {self.head} plays"
+        who = "the vote is for" if self.head is None else f"head {self.head} is for"
         agreed = f"{self.votes[self.greedy]} of {num_heads} agree"
         taken = "taken" if self.action == self.greedy else "exploring"
         self.text(f"{who} {self.env.action_names[self.greedy]}, {agreed}", self.LEFT, top, GREEDY, 14, 600)
@@ -2113,7 +2114,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
     contents = load(path, resume=True)
     step = contents["global_step"]
     is_finished = step >= args.total_timesteps and has_model(run_dir, step)
-    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    is_beyond = step > args.total_timesteps and args.total_timesteps != saved.total_timesteps
     if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")

@@ -24,8 +24,8 @@ https://arxiv.org/abs/1707.06887, with the settings of CleanRL.
 Unlike the paper but like CleanRL: FIRE at the start of a game or life, epsilon falls over a tenth of the run. Unlike
 CleanRL: the cross entropy is that of logits, so no probability is clamped; 8 games in step (--num-envs 1 plays one),
 zeros before an episode's first frame instead of copies of it, grayscale before the maximum of two frames instead of
-after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it
-(except in the heads). Sticky actions are off even under a name like ALE/Pong-v5, which has --sticky-actions 0.25
+after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it (not
+in the output layers). Sticky actions are off even under a name like ALE/Pong-v5, which has --sticky-actions 0.25
 elsewhere.
 
 In this order:
@@ -144,7 +144,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    """play this model.pt or checkpoint.pt, with its flags unless given again, and train nothing"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
@@ -180,7 +180,7 @@ class RunFlags:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    """precision of all but the output layers; auto is bfloat16 on a CPU with instructions for it, else float32"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
@@ -188,7 +188,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
+    """go on with a run, given its folder or checkpoint.pt, with its flags unless given again; give W&B's again"""
 
 
 @dataclass
@@ -485,7 +485,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     exploration_steps = args.exploration_fraction * args.total_timesteps
 
     def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` ``global_step`` has passed in the last step of all environments."""
+        """How many multiples of ``frequency`` the last step of all environments has reached."""
         return multiples(frequency, global_step - args.num_envs, global_step)
 
     with closing(run), closing(envs):
@@ -536,7 +536,7 @@ def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], N
 
 
 # =============================================================================================================
-#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+#                Nothing below is part of the algorithm: games, videos, W&B, checkpoints, flags
 # =============================================================================================================
 
 
@@ -2047,7 +2047,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
     contents = load(path, resume=True)
     step = contents["global_step"]
     is_finished = step >= args.total_timesteps and has_model(run_dir, step)
-    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    is_beyond = step > args.total_timesteps and args.total_timesteps != saved.total_timesteps
     if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")

@@ -132,7 +132,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    """play this model.pt or checkpoint.pt, with its flags unless given again, and train nothing"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
@@ -172,7 +172,7 @@ class RunFlags:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    """precision of all but the output layers; auto is bfloat16 on a CPU with instructions for it, else float32"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
@@ -180,7 +180,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
+    """go on with a run, given its folder or checkpoint.pt, with its flags unless given again; give W&B's again"""
 
 
 @dataclass
@@ -414,7 +414,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     exploration_steps = args.exploration_fraction * args.total_timesteps
 
     def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` ``global_step`` has passed in the last step of all environments."""
+        """How many multiples of ``frequency`` the last step of all environments has reached."""
         return multiples(frequency, global_step - args.num_envs, global_step)
 
     with closing(run), closing(envs):
@@ -465,7 +465,7 @@ def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], N
 
 
 # =============================================================================================================
-#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+#                Nothing below is part of the algorithm: games, videos, W&B, checkpoints, flags
 # =============================================================================================================
 
 
@@ -1146,7 +1146,7 @@ class QValues:
         low, high = finite_range(state.q_values, BAR_SPAN)
         taken = "taken" if state.action == state.greedy else "exploring"
         key = {"greedy": GREEDY, taken: CHOSEN}
-        box = canvas.title(box, "Q(s, a)", f"full bar {high - low:.2g}", key)
+        box = canvas.title(box, "Q(s, a)", f"bars span {high - low:.2g}", key)
         names = state.env.action_names
         longest = max(map(len, names))
         pitch = min(44, (box.bottom - box.top) // len(names))
@@ -1498,8 +1498,8 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     episodes = []
     num_actions = env.action_space.n
     action_counts = np.zeros(num_actions, np.int64)
-    # one array for all: a queue of small ones, made and freed among large buffers, lets the heap grow without end
     shows_saliency = args.saliency != "none" and "game" in env.boxes
+    # one array for all: a queue of small ones, made and freed among large buffers, lets the heap grow without end
     last_q_values = np.full((HISTOGRAM_STATES, num_actions), np.nan, np.float32)
     progress = tqdm(total=args.eval_episodes, desc="evaluating", unit="game", leave=False, disable=None)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
@@ -2295,7 +2295,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
     contents = load(path, resume=True)
     step = contents["global_step"]
     is_finished = step >= args.total_timesteps and has_model(run_dir, step)
-    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    is_beyond = step > args.total_timesteps and args.total_timesteps != saved.total_timesteps
     if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")

@@ -23,12 +23,12 @@ as one.
     python ppo_atari.py --evaluate runs/Pong__ppo_atari__2__20260131-120000/model.pt
     torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari.py --env-id Pong --num-envs 64
 
-Unlike the paper but like CleanRL: the value loss is clipped and counts half, the clip range does not shrink, 4 passes
-over the steps instead of 3, FIRE at the start of a game or life. Unlike CleanRL: the return of a game cut off at the
-frame limit goes on with the value of its last state; zeros before an episode's first frame instead of copies of it,
-grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost
-life, TF32 on CUDA and bfloat16 on a CPU that has it (except in the heads). Sticky actions are off even under a name
-like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+Unlike the paper but like CleanRL: the value loss is clipped and counts a quarter, the clip range does not shrink, 4
+passes over the steps instead of 3, FIRE at the start of a game or life. Unlike CleanRL: the return of a game cut off at
+the frame limit goes on with the value of its last state; zeros before an episode's first frame instead of copies of it,
+grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life,
+TF32 on CUDA and bfloat16 on a CPU that has it (not in the output layers). Sticky actions are off even under a name like
+ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
 In this order:
 
@@ -100,7 +100,7 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # how often tor
 @dataclass
 class AlgorithmFlags:
     learning_rate: float = 2.5e-4
-    """learning rate of Adam; the first one if --anneal-lr is on"""
+    """learning rate of Adam; with --anneal-lr, at the start"""
     anneal_lr: bool = True
     """let the learning rate fall to 0 over --total-timesteps"""
     num_steps: int = 128
@@ -116,9 +116,9 @@ class AlgorithmFlags:
     norm_adv: bool = True
     """normalize the advantages in each minibatch"""
     clip_coef: float = 0.1
-    """PPO's clip range: a probability ratio beyond 1 ± this gains nothing more"""
+    """PPO's clip range: a probability ratio gains nothing by moving further than this from 1"""
     clip_vloss: bool = True
-    """clip the change of the value as well, at --clip-coef"""
+    """clip the change of the value as well, to ± --clip-coef"""
     ent_coef: float = 0.01
     """weight of the entropy in the loss"""
     vf_coef: float = 0.5
@@ -126,7 +126,7 @@ class AlgorithmFlags:
     max_grad_norm: float = 0.5
     """a gradient with a larger norm is scaled down to this"""
     target_kl: float | None = None
-    """KL divergence from the old policy after which an iteration makes no further pass; None is no limit"""
+    """an iteration makes no further pass once the KL divergence from the old policy is above this; None is no limit"""
 
 
 @dataclass
@@ -150,7 +150,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; its flags hold as with --resume"""
+    """play this model.pt or checkpoint.pt, with its flags unless given again, and train nothing"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
@@ -186,7 +186,7 @@ class RunFlags:
     device: str = "auto"
     """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of the network except its heads; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    """precision of all but the output layers; auto is bfloat16 on a CPU with instructions for it, else float32"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
@@ -194,7 +194,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt; its flags hold unless given again, but not W&B's"""
+    """go on with a run, given its folder or checkpoint.pt, with its flags unless given again; give W&B's again"""
 
 
 @dataclass
@@ -259,7 +259,7 @@ class Rollout:
     """An iteration's steps on ``device``: row t of each array is step t of all environments.
 
     ``observations`` and ``values`` have one row more, for the state after the last step. The observations are
-    channels_last in memory, as the convolutions want them: not reordered in every epoch.
+    channels_last in memory, as the convolutions want them, so that no epoch has to reorder them.
     """
 
     def __init__(self, args: Args, num_envs: int, device: torch.device):
@@ -323,7 +323,7 @@ class Agent:
         self.device = device
         self.precision = find_precision(args.precision, device)
         self.network = ActorCritic(num_actions, getattr(torch, self.precision)).to(device)
-        self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a graph would keep a number as it is
+        self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a CUDA graph would freeze a plain number
         options = optimizer_options(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate, eps=1e-5, **options)
         self.metrics = Means(device)
@@ -438,6 +438,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     agent = Agent(args, envs.num_actions, device)
     rollout = Rollout(args, share.num_envs, device)
     join_ranks(device)
+    check_all_resume(resume)
     if not resume:
         envs.reset(args.seed, first=RANK * share.num_envs)
         agree_on_weights(agent)
@@ -493,16 +494,16 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             estimate_advantages(upload(rollout.rewards, device), upload(rollout.ends, device))
 
             # learn
-            progress = global_step / args.total_timesteps
-            agent.learning_rate.fill_(args.learning_rate * (1 - progress if args.anneal_lr else 1))
+            if args.anneal_lr:
+                agent.learning_rate.fill_(args.learning_rate * (1 - global_step / args.total_timesteps))
             for _ in range(args.update_epochs):
                 indices = torch.randperm(rollout.ends.numel(), device=device)
                 indices = indices.view(args.num_minibatches, -1)
                 advantages = rollout.advantages.flatten()[indices]
                 if args.norm_adv:
                     advantages = normalize(advantages)
-                for minibatch in zip(indices, advantages):
-                    approx_kl = compute_gradients(*minibatch)
+                for rows, their_advantages in zip(indices, advantages):
+                    approx_kl = compute_gradients(rows, their_advantages)
                     average_gradients(agent.network)
                     apply_gradients()
                 if args.target_kl and average(approx_kl).item() > args.target_kl:
@@ -524,7 +525,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
 
 # =============================================================================================================
-#                    Below is nothing of the algorithm: games, videos, W&B, checkpoints, flags
+#                Nothing below is part of the algorithm: games, videos, W&B, checkpoints, flags
 # =============================================================================================================
 
 
@@ -1087,6 +1088,12 @@ def resume_after_restart() -> None:
         if LAUNCH in launches:
             sys.argv += ["--resume", str(path)]
             return
+
+
+def check_all_resume(resume: Path | None) -> None:
+    """Ends the program if only some of the ranks have found a checkpoint."""
+    if len(set(gather(resume is None))) > 1:
+        sys.exit("error: only some ranks find the last checkpoint: put --run-dir on a disk that all machines share")
 
 
 # -------------------------------------------------------------------------------------- overlay and recorder
@@ -2136,7 +2143,7 @@ def check_resume(args: Args, saved: Args, path: Path) -> None:
     contents = load(path, resume=True)
     step = contents["global_step"]
     is_finished = step >= args.total_timesteps and has_model(run_dir, step)
-    is_beyond = step > args.total_timesteps != saved.total_timesteps
+    is_beyond = step > args.total_timesteps and args.total_timesteps != saved.total_timesteps
     if is_finished or is_beyond:
         reached = f"{path} is at step {step:,} of --total-timesteps {args.total_timesteps:,}"
         sys.exit(f"error: {reached}: raise it to go on, or play the model with --evaluate {path.parent}")

@@ -43,7 +43,7 @@ OWN = {
     " AlgorithmFlags.batch_size AlgorithmFlags.target_network_frequency"
     " AlgorithmFlags.learning_starts AlgorithmFlags.max_grad_norm"
     " Agent.__init__ Agent.think Agent.update Agent.state_dict Agent.load_state_dict"
-    " Overlay.note Overlay.render Run.check_step Run.log_games capture_learning train",
+    " Overlay.note Overlay.render find_replay_device Run.check_step Run.log_games capture_learning train",
     "ppo_atari.py": "ALGORITHM FIXED_FLAGS check_args EvaluationFlags.eval_epsilon"
     " AlgorithmFlags.learning_rate AlgorithmFlags.max_grad_norm"
     " OUTCOME EnvSlice.step AtariVector.reset"

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -833,6 +834,30 @@ def test_loss_that_is_not_finite_ends_the_run():
     agent.update(observations, actions, returns * float("nan"), next_observations, discounts, torch.ones(32))
     with pytest.raises(SystemExit, match="loss became nan"):
         agent.metrics.means()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_end_the_run_with_a_sentence(number):
+    """... and not the draw of the next transitions, whose priorities are then nan as well."""
+    agent, replay = make_agent(), filled_replay(torch.ones(100, 3))
+    agent.q_network.value.bias.data.fill_(number)
+    learn = capture_learning(agent.args, agent, replay)
+    with pytest.raises(SystemExit, match="became nan|became inf"):
+        for _ in range(3):
+            learn()
+        agent.metrics.means()
+
+
+@pytest.mark.parametrize("ray_address, free, fits", [("local", 8.2, False), ("local", 8.4, True), ("auto", 8.2, True)])
+def test_actors_on_this_machine_need_memory_too(monkeypatch, ray_address, free, fits):
+    """Four of them beside a million transitions of 7,070 bytes."""
+    monkeypatch.setattr(apex_dqn_atari, "free_memory", lambda device: free * 1e9)
+    args = Args(buffer_size=1_000_000, num_actors=4, ray_address=ray_address)
+    if fits:
+        assert apex_dqn_atari.find_replay_device(args, CPU) == CPU
+    else:
+        with pytest.raises(SystemExit, match="--buffer-size 1000000 beside 4 actors needs 8.3 GB and cpu has 8.2 GB"):
+            apex_dqn_atari.find_replay_device(args, CPU)
 
 
 def test_settings_are_those_of_the_paper():

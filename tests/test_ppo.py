@@ -848,7 +848,7 @@ def test_ranks_end_together_and_go_on_alone(tmp_path):
 
 @pytest.mark.slow
 def test_signal_to_one_rank_stops_all(tmp_path):
-    """... with a checkpoint, which only as many ranks can go on from."""
+    """... with a checkpoint, which only as many ranks can go on from, and only if all of them find it."""
     ranks = start_ranks(tmp_path, RANKS.replace("1200", "1000000"))
     wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")), ranks[0])
     os.kill(ranks[1].pid, signal.SIGTERM)
@@ -862,6 +862,15 @@ def test_signal_to_one_rank_stops_all(tmp_path):
     alone = run(tmp_path, f"--resume {folder} --wandb-mode disabled", script="ppo_atari.py")
     assert alone.returncode == 1 and "is of 2 ranks, here are 1: start as many" in alone.stderr
     assert len(alone.stderr.strip().splitlines()) == 1
+
+    first, second = as_ranks()
+    ranks = [
+        start(tmp_path, f"--resume {folder} --wandb-mode disabled", "ppo_atari.py", env=first),
+        start(tmp_path, RANKS, "ppo_atari.py", env=second),  # what a restart does on a machine without the checkpoint
+    ]
+    for rank in ranks:
+        stderr = rank.communicate(timeout=60)[1]
+        assert rank.returncode == 1 and "only some ranks find the last checkpoint" in stderr, stderr
 
 
 @pytest.mark.parametrize("due", [True, False])
