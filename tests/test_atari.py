@@ -374,6 +374,15 @@ def test_every_game_restores_exactly(game):
     assert go_on(env, early, 0) == played_early
 
 
+def test_golf_restores_exactly():
+    """... far into a game too, where ale-py 0.12.1 restores another count of strokes."""
+    env, other = (Atari(Args(env_id="MiniatureGolf", sticky_actions=0.0)) for _ in range(2))
+    env.reset(seed=3)
+    play(env, 1300, seed=3)
+    other.load_state_dict(env.state_dict())
+    assert play(other, 30, seed=1) == play(env, 30, seed=1)
+
+
 @pytest.fixture(scope="module", params=["Pong", "Breakout", "SpaceInvaders", "Freeway"])
 def twins(request):
     """Two environments of one game."""

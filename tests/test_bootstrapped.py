@@ -514,15 +514,36 @@ def test_heads_change_when_games_end_and_only_then(monkeypatch, tmp_path):
     assert sum(map(len, lives_lost)) > len(draws) > cut_off > 2
     assert np.mean([old != new for old, new in draws]) > 0.7
     assert len({new for _, new in draws}) > 5 and all(0 <= new < 31 for _, new in draws)
-    games = [(acting[step][env], game["r"]) for step, some in enumerate(ended) for env, game in some.items()]
-    found = [metrics for metrics in logged if any(name.startswith("heads/") for name in metrics)]
-    assert found == [{f"heads/episodic_return_{head}": episodic_return} for head, episodic_return in games]
+    heads_logged = [metrics for metrics in logged if any(name.startswith("heads/") for name in metrics)]
+    assert heads_logged == [
+        {f"heads/episodic_return_{acting[step][env]}": game["r"] for env, game in some.items()}
+        for step, some in enumerate(ended)
+        if some
+    ]
     charts = [metrics["charts/episodic_return"] for metrics in logged if "charts/episodic_return" in metrics]
     assert charts == [np.mean([game["r"] for game in some.values()]) for some in ended if some]
     acting.clear()
     args.total_timesteps += 30
     assert train(args, CPU, tmp_path, tmp_path / "checkpoint.pt") == 0
     assert acting[0] == saved
+
+
+def test_games_of_a_head_that_end_together_are_averaged(monkeypatch, tmp_path):
+    """W&B keeps one number a step."""
+    logged, plain_recv = [], AtariVector.recv
+
+    def recv(self):
+        game = {"l": 1, "repeated_rewards": 0.0}
+        return *plain_recv(self)[:-1], [game | {"env": 0, "r": 10.0}, game | {"env": 1, "r": 20.0}]
+
+    tracker = Mock(run_id="run", log=lambda metrics, global_step: logged.append(metrics))
+    monkeypatch.setattr(AtariVector, "recv", recv)
+    monkeypatch.setattr(bootstrapped_dqn_atari, "Tracker", lambda *_, **flags: tracker)
+    monkeypatch.setattr(bootstrapped_dqn_atari, "QNetwork", with_small_trunk(QNetwork))
+    monkeypatch.setattr(bootstrapped_dqn_atari, "evaluate", lambda *arguments, **flags: None)
+    args = Args(env_id="Breakout", num_envs=2, num_heads=1, num_workers=0, total_timesteps=2, buffer_size=2000)
+    assert train(args, CPU, tmp_path, None) == 0
+    assert {"heads/episodic_return_0": 15.0} in logged
 
 
 def test_first_heads_follow_the_seed_and_cover_all():

@@ -231,7 +231,7 @@ def test_update_is_the_formula():
         expected += np.array(metrics) / 32
     loss.backward()
     agent.update(*batch)
-    names = ("cross_entropy", "q_values", "greedy_mean", "greedy_std", "mass_at_v_min", "mass_at_v_max")
+    names = ("loss", "q_values", "greedy_mean", "greedy_std", "mass_at_v_min", "mass_at_v_max")
     assert agent.metrics.means() == pytest.approx(dict(zip(names, expected)), rel=1e-4)
     for ours, theirs, old in zip(agent.q_network.parameters(), network.parameters(), before.parameters()):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-6)
@@ -250,7 +250,7 @@ def test_metrics_are_means_over_the_updates():
     again = make_agent()
     for _ in range(2):
         again.update(*random_batch())
-    assert first["cross_entropy"] > second["cross_entropy"]
+    assert first["loss"] > second["loss"]
     assert again.metrics.means() == pytest.approx({name: (first[name] + second[name]) / 2 for name in first}, rel=1e-4)
 
 
@@ -258,7 +258,7 @@ def test_loss_that_is_not_finite_ends_the_run():
     agent = make_agent()
     observations, actions, rewards, next_observations, terminated = random_batch()
     agent.update(observations, actions, rewards * float("nan"), next_observations, terminated)
-    with pytest.raises(SystemExit, match="cross_entropy became nan"):
+    with pytest.raises(SystemExit, match="loss became nan"):
         agent.metrics.means()
 
 

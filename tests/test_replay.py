@@ -280,8 +280,8 @@ def test_limit_of_a_container_counts(tmp_path, cgroups, files, limited):
         ("cuda", "cuda", 6, 8, "error: --buffer-size 1000000 needs 7.1 GB and cuda has 6.0 GB for it: lower it"),
         ("cuda", "auto", 8, 6, "error: --buffer-size 1000000 needs 7.1 GB and cpu has 6.0 GB for it: lower it"),
         ("cpu", "auto", 0, -1, "error: --buffer-size 1000000 needs 7.1 GB and cpu has 0.0 GB for it: lower it"),
-        ("cpu", "cuda", 8, 8, "error: --replay-device cuda is not for a learner on cpu: leave it out"),
-        ("mps", "cuda", 8, 8, "error: --replay-device cuda is not for a learner on mps: leave it out"),
+        ("cpu", "cuda", 8, 8, "error: --replay-device cuda is not for a learner on cpu: give auto"),
+        ("mps", "cuda", 8, 8, "error: --replay-device cuda is not for a learner on mps: give auto"),
     ],
 )
 def test_replay_goes_where_it_fits(monkeypatch, device, replay_device, on_gpu, in_main_memory, expected):
