@@ -255,6 +255,36 @@ def test_each_environment_explores_with_its_epsilon(scripted, monkeypatch):
     assert greedy[0] == 1 and np.bincount(actions[:, 3]).min() > 0.2 * len(actions)
 
 
+def test_actors_play_different_games(monkeypatch):
+    """Another actor, seed or start of the learner: other games and other exploration; the same: the same."""
+    seeds = []
+
+    class Seeded(Script):
+        def reset(self, seed=None):
+            seeds.append(seed)
+            return super().reset(seed)
+
+    monkeypatch.setattr(apex_dqn_atari, "Game", Seeded)
+    monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
+    kinds = [
+        (make_args(num_actors=2, seed=seed), number, start)
+        for seed, number, start in [(1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 5000), (1, 0, 0)]
+    ]
+    draws = [Actor(*kind).rng.random() for kind in kinds]
+    assert len(set(seeds[:8])) == 8 and seeds[8:] == seeds[:2]
+    assert len(set(draws[:4])) == 4 and draws[4] == draws[0]
+
+
+def test_waiting_is_the_share_of_time_without_a_request(scripted, monkeypatch):
+    monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
+    actor, weights = Actor(make_args(), 0, 0), make_agent(3).weights()
+    now, finished = 1000.0, 991.0
+    times = iter([now, now + 3])
+    monkeypatch.setattr(apex_dqn_atari.time, "perf_counter", lambda: next(times))
+    actor.finished = finished
+    assert actor.play(weights, 0)["waiting"] == pytest.approx(9 / 12) and actor.finished == now + 3
+
+
 def test_games_carry_the_number_of_their_environment(scripted, monkeypatch):
     monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
     args = make_args(num_actors=2, envs_per_actor=3)
@@ -320,14 +350,15 @@ def test_importance_weights_are_the_formula(beta):
     torch.testing.assert_close(batch.weights.double(), weights / weights.max(), rtol=1e-5, atol=0)
 
 
-def test_priorities_are_updated_in_place():
+@pytest.mark.parametrize("alpha", [0.6, 0.3])
+def test_priorities_are_updated_in_place(alpha):
     torch.manual_seed(0)
-    replay = filled_replay(torch.rand(50, 4))
+    replay = filled_replay(torch.rand(50, 4), prioritized_replay_alpha=alpha)
     before = replay.priorities.clone()
     indices, td_errors = torch.tensor([3, 7, 199, 7]), torch.tensor([-2.0, 0.0, 0.5, 0.0])
     replay.update_priorities(indices, td_errors)
     after = replay.priorities
-    assert after[[3, 7, 199]].tolist() == pytest.approx([(x + 1e-6) ** 0.6 for x in (2.0, 0.0, 0.5)], rel=1e-5)
+    assert after[[3, 7, 199]].tolist() == pytest.approx([(x + 1e-6) ** alpha for x in (2.0, 0.0, 0.5)], rel=1e-5)
     others = torch.ones(200, dtype=torch.bool)
     others[indices] = False
     assert torch.equal(before[others], after[others])
@@ -603,6 +634,7 @@ class ActorHere:
     """Stands in for ``Actors``: one actor, which plays in this process. ``events`` are what training did, in order."""
 
     events = []
+    clock = [0.0]  # seconds: a chunk takes 10
 
     def __init__(self, args, start):
         self.actor, self.args = Actor(args, 0, start), args
@@ -613,7 +645,8 @@ class ActorHere:
 
     def receive(self, patience):
         chunk = self.actor.play(self.weights, self.updates)
-        ActorHere.events.append(("games", {game["env"] for game in chunk["games"]}))
+        ActorHere.clock[0] += 10
+        ActorHere.events.append(("games", {game["env"] for game in chunk["games"]}, patience))
         yield 0, chunk, True
 
     def close(self):
@@ -665,6 +698,34 @@ def test_training_copies_and_publishes_the_weights_in_time(scripted, monkeypatch
     # the last of the two explores least; a point is of all games that a chunk has ended
     assert charts.count("charts/episodic_return_greediest") == sum(1 in games for games in ended) > 0
     assert charts.count("charts/episodic_return_explorers") == sum(0 in games for games in ended) > 0
+
+
+@pytest.mark.slow
+def test_free_running_learner_never_waits(scripted, monkeypatch, tmp_path):
+    """Without ``steps_per_update``: an update whenever the chunks that are there are stored, and none is waited for."""
+    monkeypatch.setattr(apex_dqn_atari, "QNetwork", with_small_trunk(QNetwork, 2 * 512))
+    args = make_args(total_timesteps=1600, learning_starts=400, batch_size=4, buffer_size=2000, wandb_mode="disabled")
+    assert args.steps_per_update is None
+    ActorHere.events, ActorHere.clock, logged = [], [0.0], []
+
+    def tick():
+        ActorHere.clock[0] += 1e-6
+        return ActorHere.clock[0]
+
+    tracker = Mock(run_id="run", log=lambda metrics, global_step: logged.append((global_step, metrics)))
+    monkeypatch.setattr(apex_dqn_atari, "Actors", ActorHere)
+    monkeypatch.setattr(apex_dqn_atari, "start_ray", lambda args: None)
+    monkeypatch.setattr(apex_dqn_atari, "evaluate", lambda *arguments, **flags: None)
+    monkeypatch.setattr(apex_dqn_atari, "Tracker", lambda *arguments, **flags: tracker)
+    monkeypatch.setattr(apex_dqn_atari, "LOG_FREQUENCY", 400)
+    monkeypatch.setattr(apex_dqn_atari.time, "perf_counter", tick)
+    assert apex_dqn_atari.train(args, CPU, tmp_path, None) == 0
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert (checkpoint["global_step"], checkpoint["agent"]["updates"]) == (1600, 12)  # one for each chunk from 500 on
+    patience = [event[2] for event in ActorHere.events if event[0] == "games"]
+    assert patience == [1] * 5 + [0] * 11
+    speeds = {step: metrics["charts/updates_per_second"] for step, metrics in logged if "charts/SPS" in metrics}
+    assert speeds == pytest.approx({400: 0, 800: 4 / 40, 1200: 4 / 40, 1600: 4 / 40}, rel=1e-3)
 
 
 @pytest.fixture

@@ -258,11 +258,11 @@ def test_log_without_a_progress_bar_has_a_line_a_minute(monkeypatch, tmp_path, c
         for step in range(1000, 7000, 1000):
             clock[0] += 25
             run.log({"charts/epsilon": 0.5}, step)
-    lines = capsys.readouterr().out.splitlines()
-    figures = "SPS 40, epsilon 0.5, return nan"
-    assert lines == [
-        f"step 3,000 of 100,000: {figures}, 0.7 hours left at this speed",
-        f"step 6,000 of 100,000: {figures}, 0.7 hours left at this speed",
+            if step == 4000:
+                run.log_games([{"r": r, "l": 100, "repeated_rewards": 0.0} for r in (3.0, 6.0)], step)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 3,000 of 100,000: SPS 40, epsilon 0.5, return nan, 0.7 hours left at this speed",
+        "step 6,000 of 100,000: SPS 40, epsilon 0.5, return 4.5, 0.7 hours left at this speed",
     ]
 
 

@@ -203,11 +203,18 @@ def test_noise_does_not_fill_the_trace(monkeypatch):
 
 
 @pytest.mark.parametrize("game, lives", [("Pong", False), ("Breakout", True)])
-def test_lives_are_shown_where_there_are_any(monkeypatch, game, lives):
-    env = Overlay(Atari(Args(env_id=game)), "test", 0.01)
+def test_facts_are_those_of_the_game(monkeypatch, game, lives):
+    """... with lives only where there are any."""
+    env = Overlay(Atari(Args(env_id=game)), "test", 0.07)
     env.reset()
     env.note(np.zeros(env.action_space.n), 0)
-    assert ("lives" in drawn_texts(env, monkeypatch)) == lives
+    env.env.episode_return, env.env.episode_length = 1234.0, 5678
+    env.env.num_rewards, env.env.rewarded_pictures = 4, {1, 2, 3}
+    texts = drawn_texts(env, monkeypatch)
+    expected = {"return": "1,234", "step": "5,678", "epsilon": "0.07", "repeated rewards": "0.25"}
+    expected |= {"lives": str(env.env.lives)} if lives else {}
+    assert {name: texts[texts.index(name) + 1] for name in expected} == expected
+    assert ("lives" in texts) == lives
 
 
 def test_the_screen_of_the_game_is_shown():

@@ -178,6 +178,7 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     args.update_epochs = 1
     args.precision, args.seed = precision, 5
     monkeypatch.setattr(ppo_atari, "ActorCritic", with_small_trunk(ActorCritic))
+    monkeypatch.setattr(ppo_atari, "LOG_FREQUENCY", 1)
     args.learning_rate = 0.01  # after an iteration the network is another one: who plays with the old one is found out
     rollouts, networks, original = [], [], Rollout.estimate_advantages
 
@@ -231,6 +232,12 @@ def test_rollout_is_what_the_games_did(monkeypatch, tmp_path, num_envs, num_work
     points = {step: metrics["charts/episodic_return"] for metrics, step in rows}
     returns = {step: [game[1] for game in logged if game[0] == step] for step, _ in logged}
     assert points == {step: np.mean(ended_together) for step, ended_together in returns.items()}
+    charts = [call.args[0] for call in tracker.log.call_args_list if "charts/learning_rate" in call.args[0]]
+    assert [chart["charts/learning_rate"] for chart in charts] == pytest.approx([0.01, 0.005])
+    for chart, rollout in zip(charts, rollouts):
+        errors = (rollout.returns - rollout.values[:-1]).numpy()
+        explained = 1 - errors.var() / rollout.returns.numpy().var()
+        assert chart["losses/explained_variance"] == pytest.approx(explained, rel=1e-3, abs=1e-4)
 
 
 def play(games: Halves, actions: np.ndarray) -> np.ndarray:
@@ -332,7 +339,7 @@ def test_evaluation_leaves_the_random_state_of_training_alone():
 @pytest.mark.parametrize("clip_vloss", [True, False])
 def test_update_is_the_formula(clip_vloss):
     """Metrics, gradients, clipping of their norm and Adam's step of one update, sample by sample in float64."""
-    clip, ent_coef, vf_coef, size = 0.1, 0.02, 0.7, 24
+    clip, ent_coef, vf_coef, size = 0.17, 0.02, 0.7, 24
     agent = make_agent(ent_coef=ent_coef, vf_coef=vf_coef, clip_vloss=clip_vloss, clip_coef=clip, learning_rate=0.5)
     agent.learning_rate.fill_(1e-3)
     minibatch, advantages = random_minibatch(size)

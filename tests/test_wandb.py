@@ -132,6 +132,7 @@ def assert_whole(server: WandbServer) -> None:
     assert b"a video" in run.files.values()
     assert b"class Tracker" in run.files["code/tracker.py"]
     assert run.exit_code == 0 and run.fields["displayName"] == "Game__x__1" and run.fields["jobType"] == "train"
+    assert run.fields["groupName"] == "Game__x"
     (model,) = [artifact for artifact in server.artifacts if artifact["type"] == "model"]
     assert model["collection"] == "Game__x__1-model" and model["files"]["model.pt"] == b"a model"
     assert model["state"] == "COMMITTED"
