@@ -6,7 +6,7 @@
     python docs/compare.py runs/ --save curves.jsonl && python docs/compare.py curves.jsonl
 
 RUN is a run's folder, a folder of runs, W&B's folder, one in it, a pattern of those, or a file that --save wrote: it
-keeps the table and the curves (as means of bins) when the records are gone. Runs of one game, algorithm and
+keeps the evaluations and the curves (as means of bins) when the records are gone. Runs of one game, algorithm and
 --exp-name are a group, in which only the seed should differ: a line is their mean, its band goes from the lowest to the
 highest; after the end of a shorter run, both are of the others. Evaluations are drawn one by one, all else as means of
 bins.
@@ -127,7 +127,7 @@ def read_run(records: list[Path], metric: str) -> Run | None:
 
 def bins(steps: np.ndarray, width: float) -> np.ndarray:
     """The number of the bin, from 1, that each step lies in."""
-    return np.ceil(steps / width).clip(1)
+    return np.ceil(steps / width - 1e-9).clip(1)  # 456 / 4.56 is a little more than 100
 
 
 def thin(rows: list[dict]) -> list[dict]:

@@ -271,6 +271,14 @@ def test_what_is_logged_often_is_averaged_over_bins():
     assert steps.tolist() == [50, 150, 450] and values.tolist() == [[2, 20, 7]]
 
 
+@pytest.mark.parametrize("last_step", [456, 552, 102_512, 1_000_448])
+def test_saved_curves_end_with_their_run(last_step):
+    """... though the hundredth part of some numbers, times 100, is a little less than they are."""
+    thinned = compare.thin([{"global_step": step, "charts/SPS": 1.0} for step in (8, last_step)])
+    steps = [row["global_step"] for row in thinned]
+    assert steps[-2:] == [pytest.approx(0.995 * last_step), last_step] and isinstance(steps[-1], int)
+
+
 def test_saved_curves_are_means_of_100_bins():
     """Exactly those that are drawn of the whole run; an evaluation and the last step stay as they are."""
     metric = "charts/episodic_return"

@@ -40,7 +40,8 @@ def run(command: list, folder: str | Path) -> str:
 def script_metrics(script: str, flags: str, first_step: int, steps: int) -> list[dict]:
     """What a script logs with charts/SPS on Breakout, started as from the shell, in the ``steps`` after ``first_step``.
 
-    Read from the W&B file; both numbers are multiples of the script's LOG_FREQUENCY.
+    Read from the W&B file; both numbers are multiples of the script's LOG_FREQUENCY. A record is of the steps since the
+    one before it: those that begin before ``first_step`` are left out.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags += f" --env-id Breakout --total-timesteps {first_step + steps} --eval-episodes 1 --eval-frequency 0"
@@ -49,7 +50,10 @@ def script_metrics(script: str, flags: str, first_step: int, steps: int) -> list
         (file,) = Path(folder).glob("wandb/offline-run-*/*.wandb")
         lines = run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", file], folder).splitlines()
     records = [json.loads(line).get("history", {}).get("item", {}) for line in lines]
-    return [record for record in records if "charts/SPS" in record and record["global_step"] > first_step]
+    records = [record for record in records if "charts/SPS" in record]
+    starts = [0, *(record["global_step"] for record in records)]
+    kept = [record for start, record in zip(starts, records) if start >= first_step]
+    return kept or sys.exit(f"error: {script} has logged no speed from step {first_step:,} on: give more --steps")
 
 
 def script_speed(script: str, flags: str, first_step: int, steps: int) -> float:

@@ -5,8 +5,8 @@
 
 The chain of Osband et al. 2016, shown as pictures: a game starts in the second of 20 states and lasts 29 steps; each of
 them leads one state to the left or right. The left end pays 0.001, the right end 1. Which action leads to the right is
-another one in each state, drawn by the seed, so that no habit helps. Where random play gets there in one of several
-thousand games, a learner has to try, game after game, what it does not know yet.
+another one in each state, drawn by the seed, so that no habit helps. Where random play gets there in one of 1,651
+games, a learner has to try, game after game, what it does not know yet.
 
 All use their own script's network, replay and update: 4 games side by side, an update of 32 for every 4 steps, Adam
 at 5e-4, the target every 50 steps. DQN's epsilon falls from 1 to 0.05 in the first half of the games; bootstrapped DQN

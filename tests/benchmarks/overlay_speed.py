@@ -117,7 +117,7 @@ def matplotlib_drawer(overlay: Overlay, paste: bool) -> Callable[[], np.ndarray]
     changing += [events, trace]
 
     facts = []
-    for x, name in zip((0, 100, 180, 262, 392), ("return", "step", "epsilon", "unique frames", "lives")):
+    for x, name in zip((0, 100, 180, 262, 392), ("return", "step", "epsilon", "repeated rewards", "lives")):
         text(left + x, 581, name, quiet, 14, artists=constant)
         facts.append(text(left + x, 604, "", bright, 18, bold=True))
 

@@ -4,7 +4,7 @@
     python tests/benchmarks/visual_speed.py --only speed --rounds 3
     python tests/benchmarks/visual_speed.py --only memory --steps 1000 20000
 
-Speed: all panels, Breakout, 4 and 18 actions, full traces. A frame is the saliency map, Overlay.think and
+Speed: all panels, Breakout, 4 and 18 actions, full traces. A frame is the saliency map, Overlay.note and
 Overlay.render, with one thread; "CPU" is the processor's time for it, which a busy machine stretches less than the
 wall clock. "Recorder.write" is the drawing, without saliency, and the encoding: ffmpeg encodes in a process of its
 own, but writing waits for it.
@@ -69,6 +69,10 @@ class Player:
         self.think(saliency)
         self.overlay.render()
 
+    def record(self, recorder: Recorder) -> None:
+        self.think()
+        recorder.write(self.overlay)
+
 
 def milliseconds(player: Player, draw: Callable[[], None], frames: int) -> tuple[float, float]:
     """Of wall clock and of this process's CPU time, a frame."""
@@ -91,7 +95,7 @@ def measure_speed(frames: int, rounds: int) -> None:
                 draws = {f"saliency {method}": player.frame}
                 if method == "none":
                     recorders.append(Recorder(Path(folder) / f"{num_actions}.mp4", sys.maxsize))
-                    draws["Recorder.write"] = partial(recorders[-1].write, player.overlay)
+                    draws["Recorder.write"] = partial(player.record, recorders[-1])
                 for name, draw in draws.items():
                     milliseconds(player, draw, 10)  # fonts, masks and ffmpeg are loaded by the first frames
                     contestants[name, num_actions] = partial(milliseconds, player, draw, frames)
