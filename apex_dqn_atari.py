@@ -1723,9 +1723,9 @@ def find_replay_device(args: Args, device: torch.device) -> torch.device:
         sys.exit(f"error: --replay-device cuda is not for a learner on {device}: give auto")
     main_memory = torch.device("cpu")
     needed = args.buffer_size * BYTES_PER_TRANSITION
-    num_actors = args.num_actors if args.ray_address == "local" else 0  # on this machine
-    what = f"--buffer-size {args.buffer_size} beside {num_actors} actors"
-    check_memory(what, needed + num_actors * ACTOR_BYTES, main_memory)
+    actors_here = args.num_actors if args.ray_address == "local" else 0
+    replay_and_actors = f"--buffer-size {args.buffer_size} with {actors_here} actors on this machine"
+    check_memory(replay_and_actors, needed + actors_here * ACTOR_BYTES, main_memory)
     if device.type != "cuda" or args.replay_device == "cpu":
         return main_memory
     if args.replay_device == "cuda":

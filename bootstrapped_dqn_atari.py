@@ -568,7 +568,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             replay.add(observations[:, -1], actions, *outcome)
             observations = upload(next_observations, device)
 
-            # draw the head of the next game
+            # log the return under the head that played, and draw the head of the next game
             returns = {}
             for game in games:
                 head = heads.of_env[game["env"]].item()

@@ -917,7 +917,9 @@ def test_actors_on_this_machine_need_memory_too(monkeypatch, ray_address, free, 
     if fits:
         assert apex_dqn_atari.find_replay_device(args, CPU) == CPU
     else:
-        with pytest.raises(SystemExit, match="--buffer-size 1000000 beside 4 actors needs 8.3 GB and cpu has 8.2 GB"):
+        with pytest.raises(
+            SystemExit, match="--buffer-size 1000000 with 4 actors on this machine needs 8.3 GB and cpu has 8.2 GB"
+        ):
             apex_dqn_atari.find_replay_device(args, CPU)
 
 
