@@ -30,7 +30,7 @@ life.
 
 Also unlike CleanRL's DQN: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead of
 copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP
-after a lost life, TF32 on CUDA and bfloat16 on a CPU that has it (not in the output layers). Sticky actions are off
+after a lost life, TF32 on CUDA, and on a CPU that has it bfloat16 but for the output layers. Sticky actions are off
 even under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
 In this order:
@@ -190,9 +190,9 @@ class RunFlags:
     total_timesteps: int = 10_000_000
     """steps of the whole run, of all games together; a step is 4 emulator frames"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto is the first of cuda, mps and cpu that this machine has"""
+    """cpu, cuda, cuda:1, mps ...; auto is the GPU if this machine has one, else cpu"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of all but the output layers; auto is bfloat16 on a CPU with instructions for it, else float32"""
+    """precision of all but the output layers; auto is bfloat16 on CPUs with AVX512_BF16, else float32 (TF32 on CUDA)"""
     torch_deterministic: bool = True
     """let cuDNN use deterministic algorithms only"""
     run_dir: str = "runs"
@@ -817,8 +817,8 @@ Game = Atari  # the environment of this script: another class can stand here
 def unwrap(reward: float) -> float:
     """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
 
-    The emulator reports the difference, -999,900 for 100. A score of 6 digits or more falls by its highest tenth for
-    no other reason.
+    The emulator reports the difference, -999,900 for 100. A score of 5 digits or more falls by nine tenths of its
+    range for no other reason.
     """
     if abs(reward) > 1e8:  # MiniatureGolf: a restored game has lost the count of its strokes (ale-py 0.12.1)
         return 0.0
@@ -894,8 +894,7 @@ class EnvSlice:
 
 def derive_seed(*numbers: int) -> int:
     """A seed made of several numbers: seeds 1 and 2 have no games in common, as ``seed + i`` would."""
-    (seed,) = np.random.SeedSequence(numbers).generate_state(1)
-    return int(seed)
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def work(pipe, inherited: list, *share) -> None:
@@ -999,7 +998,9 @@ class AtariVector:
             try:
                 pipe.send((method, share))
             except OSError:
-                self._fail(i)
+                if not self.workers:
+                    raise
+                # a worker has died: _recv tells why
 
     def _recv(self) -> list:
         results = []
@@ -1062,10 +1063,7 @@ def number(value: float) -> str:
 
 
 def finite_range(values: np.ndarray, least: float = 0.0) -> tuple[float, float]:
-    """The lowest finite value and the highest, or what is ``least`` above the lowest if that is more.
-
-    ``least`` is a share of the largest value if that is above 1.
-    """
+    """The lowest and the highest finite value, the latter at least ``low + least * max(1, largest magnitude)``."""
     finite = values[np.isfinite(values)]
     if not finite.size:
         finite = np.zeros(1)
@@ -1107,8 +1105,9 @@ class Overlay(gym.Wrapper):
         return outcome
 
     def step(self, action: int):
-        observation, reward, terminated, self.truncated, info = self.env.step(action)
-        return observation, reward, terminated, self.truncated, info
+        outcome = self.env.step(action)
+        _, _, _, self.truncated, _ = outcome
+        return outcome
 
     def note(self, thoughts: tuple[np.ndarray, int | None], action: int) -> None:
         """Notes the heads' Q-values (float [heads, actions]) of the current state and the action about to be taken.
@@ -1273,10 +1272,9 @@ class Recorder:
     def __init__(self, path: Path, length: int):
         self.path = path
         self.length = length  # most pictures
-        self.count = 0  # pictures written
+        self.count = 0  # pictures in the file
         self.active = length > 0  # whether more pictures are wanted
-        self.failed = False
-        self.still = None  # one of the last pictures
+        self.still = None  # every 100th picture, the last of them
         self.ffmpeg = None
 
     def write(self, env: Overlay) -> None:
@@ -1331,7 +1329,7 @@ class Recorder:
     def fail(self, reason) -> None:
         say(f"warning: no video {self.path}: {reason}", file=sys.stderr)
         self.active = False
-        self.failed = True
+        self.count = 0
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -1371,16 +1369,16 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     progress.close()
     if len(episodes) < args.eval_episodes:
         return
-    returns = [episode["r"] for episode in episodes]
-    mean = float(np.mean(returns))
-    spread = float(np.std(returns))
-    length = np.mean([episode["l"] for episode in episodes])
+    charts = episode_means("eval", episodes)
+    mean = charts["eval/episodic_return"]
+    length = charts["eval/episodic_length"]
+    spread = float(np.std([episode["r"] for episode in episodes]))
     result = f"step {global_step:,}: return {mean:,.1f}"
     if len(episodes) > 1:
         result += f" \u00b1 {spread:,.1f} over {len(episodes)} games"
     say(f"{result}, {length:,.0f} steps a game")
-    tracker.log(episode_means("eval", episodes) | {"eval/episodic_return_std": spread}, global_step)
-    if recorder.count and not recorder.failed:
+    tracker.log(charts | {"eval/episodic_return_std": spread}, global_step)
+    if recorder.count:
         tracker.log_video(video, recorder.still, global_step)
 
 
@@ -1410,7 +1408,7 @@ class Tracker:
     """The run's record in Weights & Biases.
 
     An error of W&B never ends a run that has started: it becomes one warning, after which the tracker does nothing, as
-    it does when W&B is disabled.
+    it does when W&B is disabled. Only a model that cannot be uploaded does not end the tracking.
     """
 
     def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
@@ -1451,7 +1449,7 @@ class Tracker:
                     sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
                 if logged_in:
                     self.run = wandb.init(mode="online", **options)
-                reason = "no login: "
+                reason = "no login, or wandb offline was called: "
             except wandb.Error as error:
                 reason = f"{textwrap.shorten(str(error), 200)}: "
                 self.background(wandb.teardown).join(1)  # the failed start holds the run's name
@@ -1488,7 +1486,7 @@ class Tracker:
                 self.background(self.run.log_artifact, artifact).join(10)  # asks the server first
 
     def finish(self, exit_code: int = 0, stopped=lambda: False) -> None:
-        """Waits until all is uploaded, or until a signal (``stopped()``), and after that for 5 seconds at most."""
+        """Waits until all is uploaded, or until a signal (``stopped()``), and after that for 10 seconds at most."""
         if self.run is None:
             return
         command = f"wandb sync --include-online {self.run.sync_dir}"
@@ -1678,7 +1676,7 @@ def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
     """Copies a saved tensor, or each of a dictionary, into ours; raises an error if a name, shape or dtype differs."""
     if isinstance(ours, dict):
         if set(ours) != set(saved):
-            raise KeyError(f"{list(saved)} are saved where {list(ours)} belong")
+            raise ValueError(f"{list(saved)} are saved where {list(ours)} belong")
         for name, tensor in ours.items():
             fill(tensor, saved[name])
     elif not isinstance(saved, torch.Tensor) or saved.shape != ours.shape or saved.dtype != ours.dtype:
@@ -1740,7 +1738,7 @@ def check_memory(flag: str, needed: float, device: torch.device) -> None:
 def find_replay_device(args: Args, device: torch.device) -> torch.device:
     """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
 
-    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
+    Ends the program if it does not fit. It must always fit into main memory: every checkpoint goes through there.
     """
     if args.replay_device == "cuda" and device.type != "cuda":
         sys.exit(f"error: --replay-device cuda is not for a learner on {device}: give auto")
@@ -1789,12 +1787,12 @@ class Run:
         self.logged_step = global_step
         return global_step
 
-    def load_checkpoint(self, path: Path) -> tuple[int, str | None]:
+    def load_checkpoint(self, path: Path) -> tuple[int, str]:
         """Loads all parts; returns the step and W&B's name of the run."""
         contents = load(path, resume=True)  # not before the workers fork: they would keep its disk space
         try:
             global_step = contents["global_step"]
-            run_id = slug(contents["wandb_run_id"]) if contents["wandb_run_id"] else None
+            run_id = slug(contents["wandb_run_id"])
             self.agent.load_state_dict(contents["agent"])
             for name, part in self.parts.items():
                 part.load_state_dict(contents[name])
@@ -1808,7 +1806,7 @@ class Run:
         return global_step, run_id
 
     def check_step(self, global_step: int) -> None:
-        """Raises an error unless the replay was filled in so many steps."""
+        """Raises an error unless the replay is of this step."""
         num_steps = self.parts["replay"].num_steps
         if global_step != num_steps * self.args.num_envs:
             raise ValueError(f"step {global_step} does not belong to a replay of {num_steps} steps")
@@ -1827,7 +1825,7 @@ class Run:
                 self.saved_step = global_step
 
     def save_and_evaluate(self, global_step: int) -> None:
-        """Does each when it is due; in the last step ``finish`` does."""
+        """Does each when it is due; after the last step ``finish`` does."""
         if global_step >= self.args.total_timesteps:
             self.evaluated_step = global_step
             return
@@ -1907,8 +1905,8 @@ class Run:
     def close(self) -> None:
         """Ends what ``start`` has begun; waits for W&B's upload."""
         self.bar.close()
-        os.close(self.lock)
         self.tracker.finish(self.exit_code, stopped=lambda: self.stop_signals)
+        os.close(self.lock)
 
 
 def check_finite(agent: Agent) -> None:
@@ -1924,7 +1922,7 @@ def multiples(frequency: int, before: int, now: int) -> int:
     return now // frequency - before // frequency if frequency else 0
 
 
-def play(args: Args, device: torch.device, path: Path) -> int:
+def play(args: Args, device: torch.device, run_dir: Path, path: Path) -> int:
     """Plays and records a saved model; returns the exit code."""
     contents = load(path)
     set_up_torch(args, device)
@@ -1933,7 +1931,6 @@ def play(args: Args, device: torch.device, path: Path) -> int:
         agent.q_network.load_state_dict(contents["agent"]["q_network"])
     except Exception as error:
         refuse(path, error)
-    run_dir = make_run_dir(args, ending="__eval")
     say(f"{args.env_id} on {device}, {agent.precision}: {run_dir}")
     tracker = Tracker(args, run_dir, job_type="eval")
     stop_signals = catch_signals()
@@ -1949,21 +1946,24 @@ def play(args: Args, device: torch.device, path: Path) -> int:
 LOCAL_FLAGS = ("run_dir", "resume", "evaluate", "wandb_mode", "wandb_project_name", "wandb_entity", "wandb_group")
 
 
-def make_run_dir(args: Args, ending: str = "") -> Path:
+def make_run_dir(args: Args) -> Path:
     """Makes the folder of a run and returns its path; starts in the same second get different names."""
     start_time = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}{ending}"
+    name = f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__{start_time}"
+    if args.evaluate:
+        name += "__eval"
     path = Path(args.run_dir) / name
     number = 1
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
             number += 1
             path = path.with_name(f"{name}-{number}")
-        except OSError as error:
-            sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
+    except OSError as error:
+        sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
 
 
 def lock(run_dir: Path) -> int:
@@ -2028,8 +2028,10 @@ def load(path: Path, resume: bool = False) -> dict:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         algorithm = contents["algorithm"]
+    except OSError as error:
+        sys.exit(f"error: {path} cannot be read: {error.strerror}")
     except Exception:
-        sys.exit(f"error: {path} is damaged or no checkpoint: use another one")
+        sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
     is_checkpoint = "precision" in contents
@@ -2088,7 +2090,7 @@ def read_flags(path: Path, resume: bool) -> Args:
     except Exception as error:
         refuse(path, error)
     if saved.device.split(":")[0] not in ("auto", *device_types()):
-        say(f"this machine has no {saved.device}, where the run was: --device is auto")
+        say(f"this machine has no {saved.device}, where the run was: --device is auto unless given")
         saved.device = "auto"
     return saved
 
@@ -2100,7 +2102,7 @@ def random_state(device: torch.device) -> dict:
 
 
 def load_random_state(state: dict, device: torch.device) -> None:
-    """A run that moves between a CPU and a GPU goes on with the seed there."""
+    """Leaves a GPU with its seed if the run comes from a CPU."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -2239,7 +2241,7 @@ def check_args(args: Args) -> None:
         "batch_size": (1, 2**14),  # an update takes 0.4 MB for each
         "target_network_frequency": (1, NO_LIMIT),
         "start_e": (0, 1),
-        "end_e": (0, 1),
+        "end_e": (0, args.start_e),
         "exploration_fraction": (1e-12, 1),
         "learning_starts": (0, NO_LIMIT),
         "train_frequency": (1, NO_LIMIT),
@@ -2260,9 +2262,9 @@ def check_args(args: Args) -> None:
     steps = min(args.learning_starts // args.num_envs, args.buffer_size // args.num_envs - HISTORY)
     drawable = max(steps - args.n_step, 0) * args.num_envs
     if args.batch_size > drawable and not args.evaluate:
-        stored = f"the {drawable} transitions that are stored when learning starts"
+        choice = f"the {drawable} transitions to draw from when learning starts"
         advice = "lower it, or raise --learning-starts and --buffer-size"
-        sys.exit(f"error: --batch-size {args.batch_size} is more than {stored}: {advice}")
+        sys.exit(f"error: --batch-size {args.batch_size} is more than {choice}: {advice}")
 
 
 NO_LIMIT = 10**12  # where a number may be as large as you like
@@ -2363,21 +2365,22 @@ def main() -> int:
         args = parse_args(default=saved)
     check_args(args)
     device = find_device(args.device)
-    if args.evaluate:
-        return play(args, device, path)
     if args.resume:
         check_resume(args, saved, path)
         return train(args, device, path.parent, path)
     run_dir = make_run_dir(args)
-    say(f"{args.env_id} on {device}: {run_dir}")
     try:
+        if args.evaluate:
+            return play(args, device, run_dir, path)
+        say(f"{args.env_id} on {device}: {run_dir}")
         return train(args, device, run_dir, None)
     finally:
         with suppress(OSError):
-            run_dir.rmdir()  # a start that failed leaves no empty folder
+            run_dir.rmdir()  # if it is empty: a start that failed, or an evaluation without a video
 
 
 cv2.setNumThreads(1)  # a frame is too small to share, and a thread pool does not survive a fork
+tqdm.set_lock(threading.RLock())  # else it may start a process, for a lock that several could share
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
 

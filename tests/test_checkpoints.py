@@ -206,7 +206,7 @@ def test_model_without_network_is_refused(trained, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as error:
         call_main(monkeypatch, tmp_path, f"--evaluate {tmp_path / 'model.pt'} --wandb-mode disabled", script)
     assert "does not fit this script, or is damaged: it has no" in sentence(error)
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*"))
 
 
 def test_every_flipped_bit_is_seen(dqn_run, tmp_path):
@@ -353,6 +353,22 @@ def test_starts_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     made = [dqn_atari.make_run_dir(dqn_atari.Args(run_dir=str(tmp_path), exp_name="a b")) for _ in range(6)]
     assert len(set(made)) == 6 and all(path.parent == tmp_path for path in made)
     assert made[0].name.endswith("__a-b__1__20260131-120000") and made[5].name == made[0].name + "-6"
+
+
+def test_link_to_a_disk_that_is_not_there_ends_with_one_sentence(tmp_path):
+    runs = tmp_path / "runs"
+    runs.symlink_to(tmp_path / "missing")
+    with pytest.raises(SystemExit, match=f"error: the run folder {runs}/.* cannot be made: File exists"):
+        dqn_atari.make_run_dir(dqn_atari.Args(run_dir=str(runs)))
+
+
+def test_file_that_may_not_be_read_is_not_called_damaged(dqn_run, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(SystemExit, match="error: .*checkpoint.pt cannot be read: Permission denied"):
+        dqn_atari.load(dqn_run / "checkpoint.pt")
 
 
 def test_failed_start_leaves_no_folder(tmp_path, monkeypatch):

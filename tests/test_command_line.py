@@ -103,6 +103,13 @@ def test_evaluate_plays_the_model_and_trains_nothing(recorded, tmp_path):
     assert names == {"0000001600.mp4"}
 
 
+def test_evaluation_without_video_leaves_no_folder(recorded, tmp_path):
+    model = run_folder(recorded[0]) / "model.pt"
+    result = run(tmp_path, f"--evaluate {model} {NO_EXTRAS} --eval-episodes 1")
+    assert result.returncode == 0 and "step 1,600: return" in result.stdout, result.stderr
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
     for name in ("wandb", "moviepy"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")
@@ -247,8 +254,8 @@ def test_bad_checkpoints_end_with_one_sentence(recorded, tmp_path, monkeypatch):
     torch.save({"algorithm": "C51"}, foreign)
     text.write_text("hello")
     for flags, message in (
-        (f"--resume {truncated}", "is damaged or no checkpoint"),
-        (f"--evaluate {text}", "is damaged or no checkpoint"),
+        (f"--resume {truncated}", "is damaged, no checkpoint, or too large"),
+        (f"--evaluate {text}", "is damaged, no checkpoint, or too large"),
         (f"--resume {foreign}", "was written by C51, not by DQN"),
         (f"--resume {files / 'model.pt'}", "is no checkpoint: --resume needs a checkpoint.pt"),
         (f"--resume {files} --num-envs 8", "error: --num-envs cannot change on --resume: it was 4"),

@@ -77,18 +77,26 @@ def test_copy_under_another_name_is_left_alone(tmp_path):
 
 
 def density(path) -> tuple[int, float]:
-    """Code tokens of a script, without comments and docstrings, and how many a line of code has."""
+    """Code tokens of a script, without comments and docstrings, and how many a line of code has.
+
+    An f-string is one token, as it was before Python 3.12.
+    """
     source = path.read_text()
     documented = set()  # lines of docstrings
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             documented.update(range(node.lineno, node.end_lineno + 1))
     no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = [
-        token
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type not in no_code and token.start[0] not in documented
-    ]
+    tokens = []
+    depth = 0  # of f-strings in each other
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        if depth == 0 and token.type not in no_code and token.start[0] not in documented:
+            tokens.append(token)
+        if kind.endswith("STRING_START"):
+            depth += 1
+        elif kind.endswith("STRING_END"):
+            depth -= 1
     lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
     return len(tokens), len(tokens) / len(lines)
 

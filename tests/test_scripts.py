@@ -157,7 +157,7 @@ def test_errors_are_one_sentence(script, tmp_path, monkeypatch):
         ("--env-id Breakot", "error: --env-id Breakot is no Atari game: Environment `Breakot` doesn't exist"),
         ("--gamma 1.5", "error: --gamma is 1.5: it must be between 0 and 1"),
         (f"--resume {foreign}", "was written by SARSA, not by"),
-        (f"--evaluate {text}", "is damaged or no checkpoint"),
+        (f"--evaluate {text}", "is damaged, no checkpoint, or too large"),
         ("--device tpu", "error: --device tpu is"),
     ):
         monkeypatch.setattr(sys, "argv", [script, *flags.split()])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+import dqn_atari
 import ppo_atari
 from dqn_atari import Args, Atari, AtariVector, derive_seed
 
@@ -216,3 +217,36 @@ def test_exception_in_a_worker_shows_its_traceback():
     with pytest.raises(SystemExit, match="(?s)an environment worker failed.*IndexError"):
         vector.recv()
     vector.close()
+
+
+class NoRoom(Atari):
+    """The first is made, for the number of actions; those of the workers are not."""
+
+    main_process = os.getpid()
+
+    def __init__(self, args):
+        if os.getpid() != self.main_process:
+            raise MemoryError("no room")
+        super().__init__(args)
+
+
+def test_game_that_cannot_be_made_in_a_worker_shows_its_traceback(monkeypatch):
+    monkeypatch.setattr(dqn_atari, "Game", NoRoom)
+    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=1))
+    vector.workers[0].join()  # what is sent from now on finds a closed pipe
+    with pytest.raises(SystemExit, match="(?s)an environment worker failed.*MemoryError: no room"):
+        vector.reset(1)
+    vector.close()
+
+
+class Broken(Atari):
+    def step(self, action):
+        raise ConnectionResetError("the game's server is gone")
+
+
+def test_error_of_a_game_in_the_main_process_is_raised_as_it_is(monkeypatch):
+    monkeypatch.setattr(dqn_atari, "Game", Broken)
+    vector = AtariVector(Args(env_id="Pong", num_envs=2, num_workers=0))
+    vector.reset(1)
+    with pytest.raises(ConnectionResetError, match="the game's server is gone"):
+        vector.send(np.zeros(2, np.int64))
