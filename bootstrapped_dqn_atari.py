@@ -1274,7 +1274,7 @@ class Recorder:
         self.length = length  # most pictures
         self.count = 0  # pictures in the file
         self.active = length > 0  # whether more pictures are wanted
-        self.still = None  # every 100th picture, the last of them
+        self.still = None  # every 100th picture of the game, the last of them
         self.ffmpeg = None
 
     def write(self, env: Overlay) -> None:
@@ -1284,8 +1284,8 @@ class Recorder:
         if self.count + 1 == self.length and not env.env.game_ended:
             env.notice = "the video is cut here"
             say(f"{self.path} is cut after {self.length:,} steps, the game goes on: see more with --video-length")
-        picture = env.render()
         try:
+            picture = env.render()
             if self.ffmpeg is None:
                 self.start(picture)
             self.ffmpeg.stdin.write(picture)
@@ -1294,7 +1294,7 @@ class Recorder:
         except Exception as error:
             self.fail(error)
         else:
-            if self.count % 100 == 0:
+            if self.count % 100 == 0 and not env.env.game_ended:
                 self.still = picture.copy()
             self.count += 1
             self.active = self.count < self.length
@@ -1342,7 +1342,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     ends it early, without results.
     """
     game = Game(args)
-    env = Overlay(game, f"{args.exp_name[:30]} \u2022 trained {global_step:,} steps", args.eval_epsilon)
+    env = Overlay(game, f"{args.exp_name[:24]} \u2022 trained {global_step:,} steps", args.eval_epsilon)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)

@@ -144,7 +144,7 @@ class EvaluationFlags:
     eval_epsilon: float = 0.01
     """probability of a random action in an evaluation"""
     panels: tuple[str, ...] = ()
-    """parts of the video, in this order, of game q_values frames history surprise facts; all if none is named"""
+    """parts of the video in the order wanted, out of game q_values frames history surprise facts; none named: all"""
     saliency: Literal["none", "gradient", "perturbation"] = "perturbation"
     """which pixels move the greedy action's Q-value, found by the gradient or by blurring them, drawn over the game"""
 
@@ -893,7 +893,7 @@ def count_cores() -> int:
 
 # --------------------------------------------------------------------------------------------------- saliency
 
-PATCH_STRIDE = 6  # pixels from patch to patch (the paper: 5, at one and a half times the cost)
+PATCH_STRIDE = 7  # pixels from patch to patch (the paper: 5, at twice the cost)
 
 
 def gradient_saliency(q_network: QNetwork, observation: torch.Tensor, action: int) -> np.ndarray:
@@ -911,7 +911,8 @@ def perturbation_saliency(q_network: QNetwork, observation: torch.Tensor, action
     """(Q(s, action) - Q(s', action))^2 / 2, where s' is s with one patch blurred: float32 [84, 84].
 
     Greydanus et al. 2018, https://arxiv.org/abs/1711.00138, for the network's Q-value. A patch is blurred in all four
-    frames of the observation (uint8 [4, 84, 84]); the patches are one batch, and pixels between them interpolated.
+    frames of the observation (uint8 [4, 84, 84]); the patches are one batch. Pixels between their middles are
+    interpolated.
     """
     blur, masks = blur_and_masks(q_network.dtype, observation.device)
     frames = observation[None].float()
@@ -937,7 +938,7 @@ def blur_and_masks(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tens
     blur = gaussians(pixels, sigma=3)
     blur /= blur.sum(1, keepdim=True)
     patches = torch.arange(SIZE // PATCH_STRIDE, device=device)
-    axis = gaussians(patches * PATCH_STRIDE + (PATCH_STRIDE - 1) / 2, sigma=5)
+    axis = gaussians(patches * PATCH_STRIDE + PATCH_STRIDE // 2, sigma=5)
     masks = axis[:, None, :, None] * axis[None, :, None, :]  # [rows, columns, 84, 84]
     masks = masks.view(-1, 1, SIZE, SIZE)
     empty = torch.zeros_like(masks[:1])
@@ -1068,7 +1069,7 @@ class Step(NamedTuple):
     """What is kept of a step for the panels that look back."""
 
     q_values: np.ndarray  # float32 [actions]; NaN when the game is over (not cut off): nothing is left to gain
-    action: int  # the one taken
+    action: int  # the one taken; at the end of a game the greedy one
     reward: float  # true reward that came with this state
     life_lost: bool  # on the way to this state
     surprise: float  # TD error of the step that led to this state; 0 in the first of a game
@@ -1085,7 +1086,7 @@ class Screen:
 
     width, height = 480, 720  # in pixels: a column of its own
     CAPTIONS = 90  # height of the lines below the screen
-    LEAST = 0.01  # changes of the Q-value below this, or this share of it if it is above 1, have less than full color
+    LEAST = 0.01  # full color needs at least this change of the Q-value, or this share of |Q| where that is above 1
 
     def draw(self, canvas, box, state):
         screen = state.env.screen()
@@ -1105,20 +1106,20 @@ class Screen:
     def heat(self, state) -> tuple[np.ndarray, str, str]:
         """The saliency map between 0 and 1, full color, and two lines that say what it shows."""
         q_value = f"Q(s, {state.env.action_names[state.greedy]})"
-        peak = float(state.saliency.max())
+        least = self.LEAST * max(1.0, abs(float(state.q_values[state.greedy])))
         if state.args.saliency == "gradient":  # the map holds changes a gray level
-            change = 255 * peak
+            changes = 255 * state.saliency
             title = f"slope of {q_value} in each pixel"
-            scale = f"up to {change:.2g} from black to white"
+            scale = f"up to {changes.max():.2g} from black to white"
         else:  # the map holds halves of squared changes
-            change = math.sqrt(2 * peak)
+            changes = np.sqrt(2 * state.saliency)
             title = f"where blurring moves {q_value}"
-            scale = f"by up to {change:.2g}"
-        size = abs(float(state.q_values[state.greedy]))
-        least = self.LEAST * max(1.0, size)
-        strength = min(1.0, change / least)
-        heat = strength * state.saliency / (peak or 1.0)
-        return heat, title, f"{scale}, full color at {max(change, least):.2g}"
+            scale = f"by up to {changes.max():.2g}"
+        full = max(float(changes.max()), least)
+        heat = changes / full
+        if state.args.saliency == "perturbation":  # as the map itself
+            heat = heat**2
+        return heat, title, f"{scale}, full color at {full:.2g}"
 
 
 class QValues:
@@ -1220,7 +1221,7 @@ class History:
 
 
 class Surprise:
-    """The one-step TD error as it happens, with the Q-network's own bootstrap: what training wants to change."""
+    """The last step's TD error as in training (clipped r; no Q(s') after a lost life), with this network's own Q(s')."""
 
     width, height = 1, 80
 
@@ -1291,10 +1292,10 @@ class Overlay(gym.Wrapper):
     ``render``: steps that are not recorded cost nothing.
 
     Panels read ``env`` (the game, ``env.stack`` what the network sees of it), ``q_values`` (float32 [actions]),
-    ``greedy`` and ``action`` (int), ``saliency`` (float32 [84, 84], or None without the game's panel), ``steps`` (the
-    last 10 seconds, each a ``Step``, the current one last), ``clipped_return``, ``has_lives``, ``notice`` (how the
-    game or the video ended), ``subtitle`` and ``args``. At the end of a game (``env.game_ended``) no action is taken,
-    and if it was not cut off the Q-values are NaN.
+    ``greedy`` and ``action`` (int), ``saliency`` (float32 [84, 84], or None: without the game's panel or
+    ``--saliency``, and at the end of a game), ``steps`` (the last 10 seconds, each a ``Step``, the current one last),
+    ``clipped_return``, ``has_lives``, ``notice`` (how the game or the video ended), ``subtitle`` and ``args``. At the
+    end of a game (``env.game_ended``) no action is taken, and if it was not cut off the Q-values are NaN.
     """
 
     WIDTH, HEIGHT = 1280, 720
@@ -1373,8 +1374,8 @@ class Overlay(gym.Wrapper):
 
         ``saliency`` is the map of the greedy action's Q-value (float32 [84, 84]).
 
-        The surprise is the one-step TD error of the step before as training has it, with the clipped reward and, under
-        ``episodic_life``, no value after a lost life, but with the bootstrap of the Q-network itself.
+        The surprise is the last step's TD error as in training (clipped reward; under ``episodic_life`` no value after
+        a lost life), except that the Q-network itself bootstraps.
         """
         self.q_values = q_values
         self.greedy = int(np.argmax(q_values))
@@ -1394,7 +1395,7 @@ class Overlay(gym.Wrapper):
 
     def end(self, q_values: np.ndarray) -> None:
         """Notes the end of a game, with the Q-values of its last observation: they count only if it was cut off."""
-        if self.terminated:
+        if not self.truncated:
             q_values = np.full_like(q_values, np.nan)
         self.note(q_values, int(np.argmax(q_values)))
         self.notice = "cut off at the frame limit" if self.truncated else "game over"
@@ -1418,7 +1419,7 @@ class Recorder:
         self.length = length  # most pictures
         self.count = 0  # pictures in the file
         self.active = length > 0  # whether more pictures are wanted
-        self.still = None  # every 100th picture, the last of them
+        self.still = None  # every 100th picture of the game, the last of them
         self.ffmpeg = None
 
     def write(self, env: Overlay) -> None:
@@ -1428,8 +1429,8 @@ class Recorder:
         if self.count + 1 == self.length and not env.env.game_ended:
             env.notice = "the video is cut here"
             say(f"{self.path} is cut after {self.length:,} steps, the game goes on: see more with --video-length")
-        picture = env.render()
         try:
+            picture = env.render()
             if self.ffmpeg is None:
                 self.start(picture)
             self.ffmpeg.stdin.write(picture)
@@ -1438,7 +1439,7 @@ class Recorder:
         except Exception as error:
             self.fail(error)
         else:
-            if self.count % 100 == 0:
+            if self.count % 100 == 0 and not env.env.game_ended:
                 self.still = picture.copy()
             self.count += 1
             self.active = self.count < self.length
@@ -1488,7 +1489,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     ends it early, without results.
     """
     game = Game(args)
-    env = Overlay(game, f"{args.exp_name[:30]} \u2022 trained {global_step:,} steps", args)
+    env = Overlay(game, f"{args.exp_name[:24]} \u2022 trained {global_step:,} steps", args)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
