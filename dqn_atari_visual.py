@@ -1221,7 +1221,7 @@ class History:
 
 
 class Surprise:
-    """The last step's TD error as in training (clipped r; no Q(s') after a lost life), with this network's own Q(s')."""
+    """The last step's TD error as in training (clipped r; no Q(s') after a lost life), this network's own Q(s')."""
 
     width, height = 1, 80
 
