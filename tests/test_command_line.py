@@ -103,13 +103,6 @@ def test_evaluate_plays_the_model_and_trains_nothing(recorded, tmp_path):
     assert names == {"0000001600.mp4"}
 
 
-def test_evaluation_without_video_leaves_no_folder(recorded, tmp_path):
-    model = run_folder(recorded[0]) / "model.pt"
-    result = run(tmp_path, f"--evaluate {model} {NO_EXTRAS} --eval-episodes 1")
-    assert result.returncode == 0 and "step 1,600: return" in result.stdout, result.stderr
-    assert not list(tmp_path.glob("runs/*"))
-
-
 def test_disabled_imports_neither_wandb_nor_moviepy(tmp_path):
     for name in ("wandb", "moviepy"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')")

@@ -111,7 +111,7 @@ def test_evaluate_plays_the_model_again(recorded, tmp_path):
     assert again.returncode == 0, again.stderr
     line = f"step {STEPS.get(script, 1600):,}: return"
     assert [x for x in again.stdout.splitlines() if line in x] == [x for x in result.stdout.splitlines() if line in x]
-    assert not [path for path in run_folder(tmp_path).rglob("*") if path.is_file()]
+    assert not list(tmp_path.glob("runs/*"))  # without a video nothing is left
 
 
 def test_checkpoint_of_another_network_is_refused(recorded, tmp_path, monkeypatch):
