@@ -22,16 +22,16 @@ Osband et al. 2016, "Deep Exploration via Bootstrapped DQN", https://arxiv.org/a
     python bootstrapped_dqn_atari.py --resume runs/Pong__bootstrapped_dqn_atari__2__20260131-120000
     python bootstrapped_dqn_atari.py --evaluate runs/Pong__bootstrapped_dqn_atari__2__20260131-120000/model.pt
 
-Unlike the papers: 9 heads, each learning from a transition with probability 0.9, a prior scale of 10, Adam and its
-learning rate, gradients scaled down to a norm of 5, all as in https://github.com/johannah/bootstrap_dqn; epsilon-greedy
-on top of the heads; heads that share their hidden layer (one for each makes an update five times slower on a CPU);
-priors that are the heads of one random network; the squared error without clipping; FIRE at the start of a game or
-life.
+Unlike the papers: 9 heads, each learning from a transition with probability 0.9, a prior scale of 10, a loss that is
+the mean over the heads and not their sum, Adam and its learning rate, gradients scaled down to a norm of 5, a target
+network that is copied every 10,000 steps, all as in https://github.com/johannah/bootstrap_dqn; heads that share their
+hidden layer (one for each makes an update several times slower on a CPU); priors that are the heads of one random
+network; the squared error without clipping; FIRE at the start of a game or life.
 
-Also unlike CleanRL's DQN: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead of
-copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP
-after a lost life, TF32 on CUDA, and on a CPU that has it bfloat16 but for the output layers. Sticky actions are off
-even under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+The rest is as in CleanRL's DQN, but for: 8 games in step (--num-envs 1 plays one), zeros before an episode's first
+frame instead of copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE
+and no NOOP after a lost life, TF32 on CUDA, and on a CPU that has it bfloat16 but for the output layers. Sticky actions
+are off even under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
 In this order:
 
@@ -86,15 +86,15 @@ except ImportError:  # Windows
     fcntl = None
 
 ALGORITHM = "Bootstrapped DQN"  # written into checkpoints: those of another algorithm are refused
-# on --resume
-FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_envs", "buffer_size", "full_action_space", "num_heads", "prior_scale")
+FIXED_FLAGS = ("env_id", "exp_name", "seed", "num_envs", "buffer_size", "full_action_space")  # on --resume
+FIXED_FLAGS += ("num_heads", "prior_scale")  # of the networks
 LOG_FREQUENCY = 1000  # steps between two points of the loss and speed charts
 STACK = 4  # frames in an observation
 HISTORY = STACK - 1  # frames of an observation that are older than the newest
 SIZE = 84  # height and width of a frame
 FRAME_SKIP = 4  # emulator frames in an agent step
 NOOP_MAX = 30  # most idle frames at the start of a game
-MAX_HEADS = 31  # that the overlay has room for
+MAX_HEADS = 31  # more would be too narrow in the overlay
 
 
 @dataclass
@@ -216,7 +216,7 @@ class QNetwork(nn.Module):
 
     Observations uint8 [batch, 4, 84, 84] to Q-values float32 [batch, heads, actions]: what is learned plus
     ``prior_scale`` times what ``prior`` says, a network of the same shape that is never trained (Osband et al. 2018).
-    ``dtype`` is the precision in which the trunk computes; its weights stay float32.
+    ``dtype`` is the precision in which the trunk computes; weights that are trained stay float32.
     """
 
     def __init__(self, num_actions: int, num_heads: int, dtype=torch.float32, prior=None, prior_scale: float = 0.0):
@@ -253,7 +253,7 @@ class QNetwork(nn.Module):
         with torch.autocast(pixels.device.type, self.dtype, enabled=mixed):
             features = self.trunk(pixels)
         features = features.float()
-        if features.requires_grad:  # the gradients of all heads meet here: divided by their number (2016)
+        if features.requires_grad:  # the heads' gradients meet here; Osband et al. 2016 divide them by K
             features.register_hook(lambda gradient: gradient / self.num_heads)
         return self.heads(features).unflatten(1, (self.num_heads, -1))
 
@@ -419,7 +419,7 @@ class Agent:
         prior = None
         if args.prior_scale:
             prior = QNetwork(num_actions, args.num_heads, dtype).requires_grad_(False)
-            prior.trunk.to(dtype)
+            prior.trunk.to(dtype)  # it is never trained: cast once
         self.q_network = QNetwork(num_actions, args.num_heads, dtype, prior, args.prior_scale).to(device)
         self.target_network = QNetwork(num_actions, args.num_heads, dtype, prior, args.prior_scale).to(device)
         self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
@@ -430,7 +430,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, observations: torch.Tensor, epsilon: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        """Epsilon-greedy actions, int64 [num_envs], each environment's by its head of ``heads`` (int64 [num_envs])."""
+        """Epsilon-greedy actions, int64 [num_envs]; environment i follows head ``heads[i]`` (int64 [num_envs])."""
         greedy = self.q_network(observations).argmax(2)
         greedy = greedy.gather(1, heads[:, None]).squeeze(1)
         random = torch.randint_like(greedy, self.num_actions)
@@ -462,7 +462,7 @@ class Agent:
 
     @torch.no_grad()
     def compare_heads(self, q_values: torch.Tensor, losses: torch.Tensor, masks: torch.Tensor) -> None:
-        """Adds to the metrics how far the heads disagree, and the mean loss of each over what it learned from, or 0."""
+        """Adds to the metrics how far the heads disagree, and each head's mean loss over its transitions (none: 0)."""
         votes = F.one_hot(q_values.argmax(2), self.num_actions).sum(1)  # int64 [batch, actions]
         head_losses = losses.sum(0) / masks.sum(0).clamp(min=1)
         metrics = {

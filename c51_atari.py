@@ -21,12 +21,12 @@ https://arxiv.org/abs/1707.06887, with the settings of CleanRL.
     python c51_atari.py --resume runs/Pong__c51_atari__2__20260131-120000
     python c51_atari.py --evaluate runs/Pong__c51_atari__2__20260131-120000/model.pt
 
-Unlike the paper but like CleanRL: FIRE at the start of a game or life, epsilon falls over a tenth of the run. Unlike
-CleanRL: the cross entropy is that of logits, so no probability is clamped; 8 games in step (--num-envs 1 plays one),
-zeros before an episode's first frame instead of copies of it, grayscale before the maximum of two frames instead of
-after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA, and on a CPU that has it
-bfloat16 but for the output layers. Sticky actions are off even under a name like ALE/Pong-v5, which has
---sticky-actions 0.25 elsewhere.
+Unlike the paper but like CleanRL: FIRE at the start of a game or life, 10 million steps, the first update after 80,000.
+Unlike CleanRL: the cross entropy is that of logits, so no probability is clamped; 8 games in step (--num-envs 1 plays
+one), zeros before an episode's first frame instead of copies of it, grayscale before the maximum of two frames instead
+of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA, and on a CPU that has it bfloat16
+but for the output layers. Sticky actions are off even under a name like ALE/Pong-v5, which has --sticky-actions 0.25
+elsewhere.
 
 In this order:
 
@@ -118,9 +118,9 @@ class AlgorithmFlags:
     n_atoms: int = 51
     """number of atoms: the returns, from --v-min to --v-max, that a distribution gives probabilities"""
     v_min: float = -10.0
-    """lowest return of the distributions; a lower one counts as this"""
+    """lowest return of the distributions; a lower one counts as this; a saved model keeps its own"""
     v_max: float = 10.0
-    """highest return of the distributions; a higher one counts as this"""
+    """highest return of the distributions; a higher one counts as this; a saved model keeps its own"""
 
 
 @dataclass
@@ -2192,7 +2192,7 @@ def check_args(args: Args) -> None:
         choice = f"the {drawable} transitions to draw from when learning starts"
         advice = "lower it, or raise --learning-starts and --buffer-size"
         sys.exit(f"error: --batch-size {args.batch_size} is more than {choice}: {advice}")
-    if args.v_max - args.v_min < 0.01 * args.n_atoms:  # float32 cannot tell closer ones apart
+    if args.v_max - args.v_min < 0.01 * (args.n_atoms - 1):  # around 100,000 float32 cannot tell closer ones apart
         atoms = f"--n-atoms {args.n_atoms}, which are to be 0.01 apart"
         sys.exit(f"error: --v-min {args.v_min} and --v-max {args.v_max} leave no room for {atoms}: move them apart")
 

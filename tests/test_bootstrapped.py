@@ -148,6 +148,12 @@ def test_bfloat16_trunk_stays_close_to_float32():
     torch.testing.assert_close(half, one, rtol=0, atol=0.05)  # the prior's error is scaled by 10
 
 
+def test_settings_are_those_of_the_docstring():
+    args = Args()
+    assert (args.num_heads, args.mask_probability, args.prior_scale, args.max_grad_norm) == (9, 0.9, 10, 5)
+    assert (args.learning_rate, args.target_network_frequency, args.n_step) == (6.25e-5, 10_000, 1)
+
+
 # ------------------------------------------------------------------------------------------------------ update
 
 

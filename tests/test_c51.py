@@ -285,7 +285,9 @@ def test_network_has_a_distribution_for_every_action(precision):
         assert (logits.shape, logits.dtype) == ((32, 4, 21), torch.float32)
         assert torch.equal(network.support, torch.linspace(-1, 3, 21)) and network.support.dtype == torch.float32
     exact = make_agent(4, v_min=-1.0, v_max=3.0, n_atoms=21).q_network(observations)
-    torch.testing.assert_close(agent.q_network(observations), exact, rtol=0, atol=5e-3)
+    logits = agent.q_network(observations)
+    torch.testing.assert_close(logits, exact, rtol=0, atol=5e-3)
+    assert not torch.equal(logits, logits.bfloat16().float())  # the output layer is exact
 
 
 def test_acting_takes_the_highest_mean():
@@ -323,6 +325,7 @@ def test_a_model_brings_its_support():
     "flags, message",
     [
         ({"n_atoms": 1}, "--n-atoms is 1: it must be between 2 and 1,000"),
+        ({"v_min": 0.0, "v_max": 0.49}, "--v-min 0.0 and --v-max 0.49 leave no room for --n-atoms 51"),
         ({"v_min": 3.0, "v_max": 3.0}, "--v-min 3.0 and --v-max 3.0 leave no room for --n-atoms 51"),
         ({"v_min": 4.0, "v_max": -4.0}, "--v-min 4.0 and --v-max -4.0 leave no room for --n-atoms 51"),
         ({"v_max": float("inf")}, "--v-max is inf: it must be between"),
@@ -332,6 +335,7 @@ def test_a_model_brings_its_support():
 )
 def test_support_that_cannot_be_is_refused(flags, message):
     check_args(Args())
+    check_args(Args(v_min=0.0, v_max=0.5))
     with pytest.raises(SystemExit, match=message):
         check_args(Args(**flags))
 
@@ -342,6 +346,7 @@ def test_settings_are_those_of_the_paper():
     assert (args.batch_size, args.target_network_frequency, args.gamma, args.train_frequency) == (32, 10_000, 0.99, 4)
     (group,) = make_agent().optimizer.param_groups
     assert (group["lr"], group["eps"]) == (2.5e-4, 0.01 / 32)
+    assert make_agent(batch_size=64).optimizer.param_groups[0]["eps"] == 0.01 / 64
     assert {"n_atoms", "v_min", "v_max"} < set(c51_atari.FIXED_FLAGS)
 
 
