@@ -27,9 +27,9 @@ https://arxiv.org/abs/1511.06581) and prioritized replay (Schaul et al. 2016, ht
 The learner is the process that is started; the actors are Ray actors. They run at their own pace: two runs with the
 same seed differ.
 
-Unlike the paper: an actor plays 8 games, each with the epsilon of one of the paper's actors; it takes newer weights
-only between chunks of 50 steps (charts/weights_age says how old they are); the learner holds the replay, in which an
-actor's chunk overwrites the oldest of that actor; FIRE at the start of a game or life.
+Unlike the paper: an actor plays 8 games, each with an epsilon of its own, as the paper's actors have; it takes newer
+weights only between chunks of 50 steps (charts/weights_age says how old they are); the learner holds the replay, in
+which an actor's chunk overwrites the oldest of that actor; FIRE at the start of a game or life.
 
 Also unlike CleanRL's DQN: zeros before an episode's first frame instead of copies of it, grayscale before the maximum
 of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA, and on a CPU
@@ -152,7 +152,7 @@ class AlgorithmFlags:
     steps_per_update: float | None = None
     """steps for each update, so that learner and actors wait for each other; None lets each go as fast as it can"""
     weights_frequency: int = 100
-    """steps of each game between two sets of weights sent to the actors, which use a set 100 steps later"""
+    """steps of each game from one set of weights for the actors to the next; each is used 100 steps later"""
     max_grad_norm: float = 40.0
     """a gradient with a larger norm is scaled down to this"""
 
@@ -164,7 +164,7 @@ class GameFlags:
     num_actors: int | None = None
     """processes that play; None is one for each core or CPU of the cluster but one, which is the learner's"""
     envs_per_actor: int = 8
-    """games that an actor plays side by side, each with the epsilon of one of the paper's actors"""
+    """games that an actor plays side by side, each with an epsilon of its own"""
     ray_address: str = "local"
     """Ray cluster that runs the actors: an address or auto; local starts one on this machine alone"""
     sticky_actions: float = 0.0
@@ -303,14 +303,14 @@ def prioritize(td_errors, alpha: float):
 
 
 class Replay:
-    """The last ``buffer_size`` transitions and their priorities, stored as single frames on ``device``.
+    """The last transitions of each environment, ``buffer_size`` in all, and their priorities, on ``device``.
 
     Each array has one place for each environment and step: the newest frame of an observation; its age, the number of
     older frames (up to 3) that belong to it; the action; and what the actor made of the next n steps: return, discount
     and priority. The environments of a step lie side by side, the steps in a ring, which each actor fills at its own
-    pace. A sample gathers the 4 + n frames around a step and blanks those from before the episode. The priority is 0,
-    so that a step is never drawn, while its n successors are not stored yet, once a part of its frames is overwritten,
-    and where truncation cut it off.
+    pace. A sample gathers the 4 + n frames around a step and blanks those from before the episode. A step is never
+    drawn (its priority is 0) before its n successors are stored, after a part of its frames is overwritten, or if
+    truncation cut it off.
     """
 
     ARRAYS = ("frames", "ages", "actions", "returns", "discounts", "priorities")
@@ -445,8 +445,8 @@ def n_step_returns(rewards: np.ndarray, ends: np.ndarray, n_step: int, gamma: fl
 class Actor:
     """Plays ``envs_per_actor`` games with one forward pass a step, on one core: a Ray actor.
 
-    Each of its environments has the epsilon that one actor has in the paper. ``start`` is the learner's step: a resumed
-    run plays other games. An actor that Ray has started again has the seeds that it had at first.
+    Each of its environments has an epsilon of its own, as each actor has in the paper. ``start`` is the learner's
+    step: a resumed run plays other games. An actor that Ray has started again has the seeds that it had at first.
     """
 
     def __init__(self, args: Args, number: int, start: int):
@@ -567,7 +567,7 @@ class Agent:
             self.q_network.parameters(),
             args.learning_rate,
             alpha=0.95,
-            eps=1.5e-7**0.5,  # the paper's epsilon stands under the root, torch's beside it
+            eps=1.5e-7**0.5,  # TensorFlow's epsilon (1.5e-7) stands under the root, torch's beside it
             centered=True,
             capturable=device.type == "cuda",
         )
@@ -918,38 +918,52 @@ class Actors:
         self.updates = updates
 
     def receive(self, patience: float) -> Iterator[tuple[int, dict, bool]]:
-        """Yields (actor, chunk, whether it follows the one before) for the next chunk of each actor that has one.
+        """Yields (actor, chunk, whether it follows the one before) for every chunk that has arrived, in turns.
 
-        Waits up to ``patience`` seconds for the first. Warns of an actor that has sent nothing for ``SILENCE`` seconds;
-        ends the program if an actor has raised an error or Ray has died.
+        At most ``REQUESTS`` of an actor; waits up to ``patience`` seconds for the first. Warns of an actor that has
+        sent nothing for ``SILENCE`` seconds; ends the program if an actor has raised an error or Ray has died.
         """
         self.check_ray()
+        for turn in range(REQUESTS):
+            self.ask()
+            oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
+            arrived = self.wait(list(oldest), timeout=0 if turn else patience)
+            if not arrived:
+                break
+            arrived = self.wait(list(oldest), num_returns=len(oldest), timeout=0)  # perhaps others as well
+            for reference in arrived:
+                actor = oldest[reference]
+                chunk = self.get(actor, reference)
+                if chunk:
+                    yield actor, chunk, self.follows(actor, chunk)
+        self.miss_silent_actors()
+
+    def ask(self) -> None:
+        """Keeps ``REQUESTS`` chunks asked of each actor."""
         for actor, requests in enumerate(self.requests):
             while len(requests) < REQUESTS:
                 requests.append(self.actors[actor].play.remote(self.weights, self.updates))
-        oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
-        arrived = self.wait(list(oldest), timeout=patience)
-        if arrived:  # perhaps others as well
-            arrived = self.wait(list(oldest), num_returns=len(oldest), timeout=0)
-        for reference in arrived:
-            actor = oldest[reference]
-            self.requests[actor].popleft()
-            self.heard[actor] = time.monotonic()
-            try:
-                chunk = ray.get(reference)
-            except (ray.exceptions.RayTaskError, ray.exceptions.ActorDiedError) as error:
-                sys.exit(f"error: actor {actor} failed:\n{error}")
-            except ray.exceptions.RayError as error:  # lost with its machine, or on the way
-                say(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}", file=sys.stderr)
-                continue
-            life = chunk["life"]
-            first_step = chunk["first_step"]
-            expected = self.expected[actor]
-            self.expected[actor] = (life, first_step + CHUNK)
-            if expected and life != expected[0]:
-                say(f"actor {actor} died and has been started again", file=sys.stderr)
-            yield actor, chunk, (life, first_step) == expected
-        self.miss_silent_actors()
+
+    def get(self, actor: int, reference) -> dict | None:
+        """The chunk that answers an actor's oldest request; None, with a warning, if it was lost."""
+        self.requests[actor].popleft()
+        self.heard[actor] = time.monotonic()
+        try:
+            return ray.get(reference)
+        except (ray.exceptions.RayTaskError, ray.exceptions.ActorDiedError) as error:
+            sys.exit(f"error: actor {actor} failed:\n{error}")
+        except ray.exceptions.RayError as error:  # lost with its machine, or on the way
+            say(f"a chunk of actor {actor} was lost: {str(error).splitlines()[0]}", file=sys.stderr)
+
+    def follows(self, actor: int, chunk: dict) -> bool:
+        """Whether the chunk goes on where the actor's last one ended; tells if the actor was started again."""
+        life = chunk["life"]
+        first_step = chunk["first_step"]
+        expected = self.expected[actor]
+        self.expected[actor] = (life, first_step + CHUNK)
+        if expected and life != expected[0]:
+            say(f"actor {actor} died and has been started again", file=sys.stderr)
+        return (life, first_step) == expected
 
     def miss_silent_actors(self) -> None:
         """Warns once of each actor that has sent nothing for too long."""
@@ -1009,7 +1023,7 @@ def start_ray(args: Args) -> None:
         free = int(ray.available_resources().get("CPU", 0))
         settle_num_actors(args, free)
         if args.num_actors > free:
-            advice = "lower it, or start more nodes"
+            advice = "start more nodes" if args.resume else "lower it, or start more nodes"
             sys.exit(f"error: --num-actors {args.num_actors} is more than the cluster's {free} free CPUs: {advice}")
 
 
@@ -1140,7 +1154,7 @@ class Overlay(gym.Wrapper):
             self.draw_end()
         else:
             self.draw_streams(top=104, bottom=428)
-        self.draw_trace(self.values, "V(s), last 10 s", GREEDY, top=466, bottom=548)
+        self.draw_trace(self.values, "V(s) = mean Q, last 10 s", GREEDY, top=466, bottom=548)
         self.draw_facts(top=581)
         return self.canvas
 

@@ -574,6 +574,33 @@ class Corridor(Script):
         return self.stack, {}
 
 
+class Endless(Script):
+    """A life that does not end."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.rng = SimpleNamespace(integers=self.rng.integers, random=lambda: 1.0)
+
+
+def test_age_counts_the_older_frames_of_a_long_life(scripted, monkeypatch):
+    monkeypatch.setattr(apex_dqn_atari, "Game", Endless)
+    actor, weights = Actor(make_args(), 0, 0), make_agent(3).weights()
+    ages = np.concatenate([actor.play(weights, 0)["ages"].copy() for _ in range(6)])
+    assert ages[3:7].T.tolist() == [[0, 1, 2, 3]] * 2  # n steps come first that nobody has played
+    assert (ages[6:] == HISTORY).all()
+
+
+def test_an_update_changes_the_priorities_of_what_it_drew(monkeypatch):
+    agent, replay = make_agent(), filled_replay(torch.ones(100, 3))
+    drawn, errors = [], []
+    sample, update = replay.sample, agent.update
+    monkeypatch.setattr(replay, "sample", lambda size: drawn.append(sample(size)) or drawn[-1])
+    monkeypatch.setattr(agent, "update", lambda *batch: errors.append(update(*batch)) or errors[-1])
+    capture_learning(agent.args, agent, replay)()
+    priorities = replay.priorities[drawn[0].indices]
+    torch.testing.assert_close(priorities, prioritize(errors[0], agent.args.prioritized_replay_alpha))
+
+
 @pytest.mark.parametrize("precision", ["float32", IN_BFLOAT16])
 @pytest.mark.slow
 def test_update_converges_to_value_iteration(scripted, monkeypatch, precision):
@@ -637,9 +664,11 @@ class ActorHere:
 
     events = []
     clock = [0.0]  # seconds: a chunk takes 10
+    starts = []
 
     def __init__(self, args, start):
         self.actor, self.args = Actor(args, 0, start), args
+        ActorHere.starts.append(start)
 
     def publish(self, weights, updates):
         self.weights, self.updates = copy.deepcopy(weights), updates
@@ -729,11 +758,16 @@ def test_free_running_learner_never_waits(scripted, monkeypatch, tmp_path):
     speeds = {step: metrics["charts/updates_per_second"] for step, metrics in logged if "charts/SPS" in metrics}
     assert speeds == pytest.approx({400: 0, 800: 4 / 40, 1200: 4 / 40, 1600: 4 / 40}, rel=1e-3)
 
+    ActorHere.starts.clear()  # a run that goes on plays other games than at first
+    args.total_timesteps = 1700
+    assert apex_dqn_atari.train(args, CPU, tmp_path, tmp_path / "checkpoint.pt") == 0
+    assert ActorHere.starts == [1600]
+
 
 @pytest.fixture
 def fake_ray(monkeypatch):
     """Chunks that are asked of an actor are all there: ``answers`` has life and first step of each, or an error."""
-    fake = SimpleNamespace(answers=[], asked=[], cancelled=[], dead=False, shut_down=0)
+    fake = SimpleNamespace(answers=[], asked=[], cancelled=[], dead=False, shut_down=0, made=[], timeouts=[])
 
     def play(weights, updates):
         fake.asked.append(updates)
@@ -742,7 +776,8 @@ def fake_ray(monkeypatch):
     def wait(references, timeout, num_returns=1):
         if fake.dead:
             raise BrokenPipeError("Broken pipe")
-        return [reference for reference in references if reference in range(len(fake.answers))], []
+        fake.timeouts.append(timeout)
+        return [reference for reference in references if reference in range(len(fake.answers))][:num_returns], []
 
     def shutdown():
         fake.shut_down += 1
@@ -754,7 +789,7 @@ def fake_ray(monkeypatch):
         return {"life": life, "first_step": first_step}
 
     actor = SimpleNamespace(play=SimpleNamespace(remote=play))
-    remote = SimpleNamespace(remote=lambda *arguments: actor)
+    remote = SimpleNamespace(remote=lambda *arguments: fake.made.append(arguments) or actor)
     monkeypatch.setattr(apex_dqn_atari.ray, "remote", lambda **options: lambda cls: remote)
     monkeypatch.setattr(apex_dqn_atari.ray, "put", lambda weights: weights)
     monkeypatch.setattr(apex_dqn_atari.ray, "wait", wait)
@@ -789,12 +824,34 @@ def test_chunk_follows_the_one_before_or_not(fake_ray, capsys):
 
 def test_chunks_are_asked_for_with_the_weights_published_last(fake_ray):
     """Those that follow a chunk which has arrived count, so that a chunk's weights are as new as can be."""
-    fake_ray.answers = [("first", 0), ("first", 50), ("first", 100)]
     actors = apex_dqn_atari.Actors(make_args(), 0)
-    for updates in (7, 8, 9):
+    for updates, first_step in ((7, 0), (8, 50), (9, 100)):
+        fake_ray.answers.append(("first", first_step))
         actors.publish("weights", updates)
+        assert len(list(actors.receive(patience=0))) == 1
+    assert fake_ray.asked == [7, 7, 7, 7, 8, 9]
+
+
+def test_every_actor_is_heard_in_turn(fake_ray):
+    """Each is an actor of its own. Of all chunks that are there, a call hands over three of each, and waits for one."""
+    args = make_args(num_actors=2)
+    actors = apex_dqn_atari.Actors(args, 400)
+    assert fake_ray.made == [(args, 0, 400), (args, 1, 400)]
+    fake_ray.answers = [("life", 0)] * 6
+    actors.publish("weights", 7)
+    fake_ray.timeouts.clear()
+    assert [actor for actor, _, _ in actors.receive(patience=5)] == [0, 1, 0, 1, 0, 1]
+    _, first, *others = fake_ray.timeouts  # before them Ray is asked whether it lives
+    assert first == 5 and not any(others)
+    assert fake_ray.asked == [7] * 10  # three of each in advance, and one for each that has arrived but for the last
+
+
+def test_actor_that_cannot_be_made_ends_the_run(fake_ray):
+    fake_ray.answers = [apex_dqn_atari.ray.exceptions.ActorDiedError()]
+    actors = apex_dqn_atari.Actors(make_args(), 0)
+    actors.publish("weights", 7)
+    with pytest.raises(SystemExit, match="error: actor 0 failed"):
         list(actors.receive(patience=0))
-    assert fake_ray.asked == [7, 7, 7, 8, 9]
 
 
 def test_actor_that_sends_nothing_is_missed(fake_ray, capsys, monkeypatch):

@@ -138,10 +138,17 @@ def test_agent_moves_between_devices(tmp_path, script):
                 moved.load_state_dict(states[source])
                 assert options(moved) == options(native[target])
                 assert moments(moved) == moments(native[target])
+                if script is not ppo_atari:
+                    for ours, theirs in zip(targets(moved), targets(native[source])):
+                        torch.testing.assert_close(ours.to("cpu"), theirs.to("cpu"), rtol=0, atol=0)
                 learn(moved, 1)
                 exactly = {"rtol": 0, "atol": 0} if source == target else {"rtol": 1e-5, "atol": 1e-6}  # fused or not
                 for ours, theirs in zip(parameters(moved), parameters(native[source])):
                     torch.testing.assert_close(ours.to("cpu"), theirs.to("cpu"), **exactly)
+
+
+def targets(agent) -> list[torch.Tensor]:
+    return list(agent.target_network.state_dict().values())
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
