@@ -23,8 +23,9 @@ as one.
     python ppo_atari.py --evaluate runs/Pong__ppo_atari__2__20260131-120000/model.pt
     torchrun --nproc-per-node 2 --max-restarts 3 ppo_atari.py --env-id Pong --num-envs 64
 
-Unlike the paper but like CleanRL: the value loss is clipped and counts a quarter, the clip range does not shrink, 4
-passes over the steps instead of 3, FIRE at the start of a game or life. Unlike CleanRL: the return of a game cut off at
+Unlike the paper but like CleanRL: normalized advantages, orthogonal weights at the start, a limit on the gradient norm,
+the value loss is clipped and counts a quarter, the clip range does not shrink, 4 passes over the steps instead of 3,
+FIRE at the start of a game or life. Unlike CleanRL: the return of a game cut off at
 the frame limit goes on with the value of its last state; zeros before an episode's first frame instead of copies of it,
 grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life,
 TF32 on CUDA, and on a CPU that has it bfloat16 but for the output layers. Sticky actions are off even under a name like
@@ -126,7 +127,7 @@ class AlgorithmFlags:
     max_grad_norm: float = 0.5
     """a gradient with a larger norm is scaled down to this"""
     target_kl: float | None = None
-    """an iteration makes no further pass once the KL divergence from the old policy is above this; None is no limit"""
+    """no further pass once the KL divergence from the old policy, in the last minibatch, is above this; None: no limit"""
 
 
 @dataclass
@@ -511,7 +512,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
             global_step += steps_per_iteration
 
             # log, save, evaluate
-            run.log_games(games, global_step)
+            run.log_games(games)
             if multiples(LOG_FREQUENCY, global_step - steps_per_iteration, global_step):
                 explained = explained_variance(rollout.values[:-1], rollout.returns)
                 charts = {"charts/learning_rate": agent.learning_rate.item()}
@@ -1019,7 +1020,7 @@ def join_ranks(device: torch.device) -> None:
     attempt = RESTARTS if LOCAL_WORLD_SIZE == WORLD_SIZE else 0
     store = dist.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patience = timedelta(days=1)  # for an evaluation, which rank 0 plays alone; a rank that dies is noticed at once
+    patience = timedelta(days=1)  # for an evaluation, which rank 0 plays alone; a death shows at the next exchange
     dist.init_process_group(backend, timeout=patience, store=store, rank=RANK, world_size=WORLD_SIZE)
 
 
@@ -1078,7 +1079,8 @@ LAUNCH = os.environ.get("TORCHELASTIC_ERROR_FILE", "").split("attempt_")[0]
 
 def resume_after_restart() -> None:
     """If torchrun has started the ranks anew, adds --resume with the last checkpoint of this launch to the flags."""
-    if RESTARTS == 0:
+    on_one_machine = LOCAL_WORLD_SIZE == WORLD_SIZE  # on several, torchrun counts only some of the restarts
+    if on_one_machine and RESTARTS == 0:
         return
     args = parse_args()
     if args.resume:
@@ -1870,8 +1872,8 @@ class Run:
         yield
         self.logged_time += time.perf_counter() - start
 
-    def log_games(self, games: list[dict], global_step: int) -> None:
-        """Logs the games that have ended in an iteration, of all ranks, each at its ``global_step``."""
+    def log_games(self, games: list[dict]) -> None:
+        """Logs the games that have ended in an iteration, of all ranks, each at the step of its end."""
         games = [game for games_of_rank in gather(games) for game in games_of_rank]
         games.sort(key=lambda game: game["global_step"])
         self.returns.extend(game["r"] for game in games)

@@ -140,11 +140,52 @@ def test_minibatch_has_the_steps_of_its_indices():
     observations = torch.randint(0, 256, rollout.observations.shape, dtype=torch.uint8)
     rollout.observations.copy_(observations)
     rollout.actions.copy_(torch.arange(15).view(5, 3))
+    for first, array in ((100, rollout.logprobs), (200, rollout.values[:-1]), (300, rollout.returns)):
+        array.copy_(first + torch.arange(15.0).view(5, 3))
     indices = torch.tensor([14, 0, 4, 11])
     minibatch = rollout.minibatch(indices)
+    for first, array in ((100, minibatch.logprobs), (200, minibatch.values), (300, minibatch.returns)):
+        assert torch.equal(array, first + indices.float())
     assert torch.equal(minibatch.observations, observations.flatten(0, 1)[indices])
     assert minibatch.observations.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(minibatch.actions, indices)
+
+
+def test_games_of_all_ranks_are_logged_in_the_order_of_their_ends(monkeypatch, tmp_path):
+    def game(step: int, total: float) -> dict:
+        return {"r": total, "l": 7, "repeated_rewards": 0.0, "global_step": step}
+
+    monkeypatch.setattr(ppo_atari, "gather", lambda games: [games, [game(20, 3.0), game(50, 4.0)]])
+    run = ppo_atari.Run(Args(), tmp_path, None, {})
+    run.tracker, logged = Mock(), []
+    run.tracker.log = lambda charts, step: logged.append((step, charts["charts/episodic_return"]))
+    run.log_games([game(30, 1.0), game(50, 2.0)])
+    assert logged == [(20, 3.0), (30, 1.0), (50, 3.0)]  # the last is the mean of two
+    assert list(run.returns) == [3.0, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    "restarts, local_world_size, flags, resumed",
+    [(1, 2, "", "new"), (0, 2, "", None), (0, 1, "", "new"), (1, 2, "--resume mine", None)],
+    ids=["restart", "first start", "restart of another machine's rank", "resumed already"],
+)
+def test_restart_finds_the_newest_checkpoint_of_its_launch(
+    monkeypatch, tmp_path, restarts, local_world_size, flags, resumed
+):
+    for age, (name, launch) in enumerate({"other": "b", "new": "a", "old": "a"}.items()):
+        path = tmp_path / f"Breakout__ppo_atari__1__{name}" / "checkpoint.pt"
+        path.parent.mkdir()
+        contents = {"algorithm": "PPO", "precision": "float32", "ranks": [{"launch": "c"}, {"launch": launch}]}
+        torch.save(contents, path)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    monkeypatch.setattr(sys, "argv", ["ppo_atari.py", "--run-dir", str(tmp_path), *flags.split()])
+    for name, value in (("RESTARTS", restarts), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", local_world_size)):
+        monkeypatch.setattr(ppo_atari, name, value)
+    monkeypatch.setattr(ppo_atari, "LAUNCH", "a")
+    before = list(sys.argv)
+    ppo_atari.resume_after_restart()
+    found = ["--resume", str(tmp_path / f"Breakout__ppo_atari__1__{resumed}" / "checkpoint.pt")] if resumed else []
+    assert sys.argv == before + found
 
 
 def test_statistics_of_rows():
