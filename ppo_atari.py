@@ -127,7 +127,7 @@ class AlgorithmFlags:
     max_grad_norm: float = 0.5
     """a gradient with a larger norm is scaled down to this"""
     target_kl: float | None = None
-    """no further pass once the KL divergence from the old policy, in the last minibatch, is above this; None: no limit"""
+    """no further pass once the KL divergence from the old policy, in the last minibatch, is above this; None: never"""
 
 
 @dataclass
