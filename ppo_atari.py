@@ -65,7 +65,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, NoReturn, TypedDict, Union, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else torch's idle threads spin, on cores that others need
 
@@ -317,7 +318,8 @@ class Rollout:
 class Agent:
     """Network and optimizer."""
 
-    PARTS = ("network", "optimizer", "metrics")  # of a checkpoint
+    # of a checkpoint; load_state_dict names them too
+    PARTS = ("network", "optimizer", "metrics")
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         self.args = args
@@ -398,8 +400,8 @@ class Agent:
         return {name: getattr(self, name).state_dict() for name in self.PARTS}
 
     def load_state_dict(self, state: dict) -> None:
+        load_moments(self.optimizer, state["optimizer"])  # before the weights: it may make a step
         self.network.load_state_dict(state["network"])
-        load_moments(self.optimizer, state["optimizer"])
         self.metrics.load_state_dict(state["metrics"])
 
 
@@ -547,9 +549,9 @@ class Atari(gym.Wrapper):
     is such an action.
 
     A class that takes its place (see ``Game``) is a ``gym.Env`` made from the flags, with ``reset``, ``step``,
-    ``state_dict``, ``load_state_dict``, ``screen``, ``find_game``, ``action_space``, and what the overlay shows:
-    ``game``, ``action_names``, ``stack``, ``lives``, ``game_ended``, ``episode_return``, ``episode_length``,
-    ``repeated_rewards`` and ``recording``.
+    ``state_dict`` (lists and dicts of numbers, text and bytes), ``load_state_dict``, ``screen``, ``find_game``,
+    ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``stack``, ``lives``, ``game_ended``,
+    ``episode_return``, ``episode_length``, ``repeated_rewards`` and ``recording``.
     """
 
     def __init__(self, args: Args):
@@ -1591,7 +1593,10 @@ def set_up_torch(args: Args, device: torch.device) -> None:
 
 
 def optimizer_options(device: torch.device) -> dict:
-    """What Adam needs to be fast on ``device`` and, on CUDA, to be a part of a graph."""
+    """What Adam and AdamW need to be fast on ``device`` and, on CUDA, to be a part of a graph.
+
+    Others take only some of it: RMSprop no ``fused``, SGD no ``capturable``.
+    """
     if device.type == "mps":
         return {}
     return {"fused": True, "capturable": device.type == "cuda"}
@@ -1723,9 +1728,10 @@ def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
     if saved["state"] and not optimizer.state:
-        for parameter in optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()  # makes the moments as this device needs them; gradients of zero move no parameter
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for i, parameter in enumerate(parameters):
+            parameter.grad = torch.zeros_like(parameter) if i in saved["state"] else None
+        optimizer.step()  # makes the moments as this device needs them
         optimizer.zero_grad()
     fill(optimizer.state_dict()["state"], saved["state"])
 
@@ -1886,7 +1892,7 @@ class Run:
         charts = {"charts/SPS": (global_step - self.logged_step) / (now - self.logged_time)} | charts
         losses = {f"losses/{name}": value for name, value in self.agent.metrics.take().items()}
         self.tracker.log(charts | losses, global_step)
-        shown = {name.split("/")[1]: value for name, value in charts.items()}
+        shown = {name.split("/")[-1]: value for name, value in charts.items()}
         shown["return"] = np.mean(self.returns) if self.returns else math.nan
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(global_step - self.bar.n)
@@ -2088,8 +2094,10 @@ def is_intact(path: Path) -> bool:
 
 
 def is_a(value, hint) -> bool:
-    """``isinstance`` for the type of a flag: a ``Literal``, a list or tuple of one type; an int will do for a float."""
+    """``isinstance`` for the type of a flag: a ``Literal``, union, list or tuple; an int will do for a float."""
     kind = get_origin(hint)
+    if kind in (Union, UnionType):
+        return any(is_a(value, choice) for choice in get_args(hint))
     if kind is Literal:
         return value in get_args(hint)
     if kind in (list, tuple):

@@ -4,7 +4,7 @@ import importlib
 import re
 import sys
 import types
-from typing import get_type_hints
+from typing import Literal, Optional, Union, get_type_hints
 
 import pytest
 import torch
@@ -177,6 +177,21 @@ def test_bad_flags_end_with_one_sentence(monkeypatch, name, line, message):
         parse(importlib.import_module(name), line, monkeypatch)
     assert message in error.value.code and error.value.code.startswith("error: ")
     assert len(error.value.code.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "hint, fitting, others",
+    [
+        (Literal["a", "b"] | None, ["a", None], ["c", 1]),
+        (tuple[int, ...] | None, [(), (1, 2), None], [(1, "x"), [1]]),
+        (Optional[list[float]], [[1.5], [2], None], [["x"], 1.0]),  # noqa: UP045
+        (Union[int, str], [3, "x"], [1.5, None]),  # noqa: UP007
+        (float | None, [1.5, 1, None], ["1"]),
+    ],
+)
+def test_flags_may_have_a_union_as_their_type(script, hint, fitting, others):
+    assert all(script.is_a(value, hint) for value in fitting)
+    assert not any(script.is_a(value, hint) for value in others)
 
 
 @pytest.mark.parametrize("line", ["--no-such-flag 1", "--precision float16", "--seed one"])

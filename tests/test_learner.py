@@ -192,6 +192,33 @@ def test_epsilon_schedule():
     assert linear_schedule(0.0, 0.0, 100, 50) == 0.0
 
 
+def decayed(agent) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(agent.q_network.parameters(), 1e-2, weight_decay=0.1, fused=True)
+
+
+def grouped(agent) -> torch.optim.Optimizer:
+    """Two groups, and a parameter on which no loss depends."""
+    unused = torch.nn.Parameter(torch.zeros(3))
+    groups = [{"params": agent.q_network.trunk.parameters()}]
+    groups += [{"params": [unused, *agent.q_network.head.parameters()], "lr": 1e-2}]
+    return torch.optim.Adam(groups, 1e-3)
+
+
+@pytest.mark.parametrize("make_optimizer", [decayed, grouped])
+def test_agent_with_another_optimizer_goes_on_where_it_was_saved(make_optimizer):
+    agents = [make_agent(), make_agent()]
+    for agent in agents:
+        agent.optimizer = make_optimizer(agent)
+    first, moved = agents
+    for _ in range(3):
+        first.update(*random_batch())
+    moved.load_state_dict(copy.deepcopy(first.state_dict()))
+    for agent in agents:
+        agent.update(*random_batch())
+    for ours, theirs in zip(moved.q_network.parameters(), first.q_network.parameters()):
+        assert torch.equal(ours, theirs)
+
+
 def test_bfloat16_trunk_stays_close_to_float32():
     torch.manual_seed(0)
     network, half = QNetwork(4), QNetwork(4, torch.bfloat16)

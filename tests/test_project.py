@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 SCRIPTS = [ROOT / name for name in check_copies.SCRIPTS]
-MOST_TOKENS = 14_700  # in dqn_atari.py
+MOST_TOKENS = 14_750  # in dqn_atari.py
 
 
 def test_shared_blocks_are_the_same():
