@@ -661,7 +661,8 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
             # learn
             if global_step > args.learning_starts:
-                owed = 1 if free_running else owed + (global_step - before) / args.steps_per_update
+                steps = global_step - max(before, args.learning_starts)
+                owed = 1 if free_running else owed + steps / args.steps_per_update
             while owed >= 1 and not run.stop_signals:
                 learn()
                 owed -= 1
