@@ -921,16 +921,17 @@ class Actors:
         self.updates = updates
 
     def receive(self, patience: float) -> Iterator[tuple[int, dict, bool]]:
-        """Yields (actor, chunk, whether it follows the one before) for every chunk that has arrived, in turns.
+        """Yields (actor, chunk, whether it follows the one before) for the next chunk of each actor that has one.
 
-        At most ``REQUESTS`` of an actor; waits up to ``patience`` seconds for the first. Warns of an actor that has
-        sent nothing for ``SILENCE`` seconds; ends the program if an actor has raised an error or Ray has died.
+        Waits up to ``patience`` seconds for the first; without patience it goes on with the chunks after these, up to
+        ``REQUESTS`` of each. Warns of an actor that has sent nothing for ``SILENCE`` seconds; ends the program if an
+        actor has raised an error or Ray has died.
         """
         self.check_ray()
-        for turn in range(REQUESTS):
+        for _ in range(1 if patience else REQUESTS):
             self.ask()
             oldest = {requests[0]: actor for actor, requests in enumerate(self.requests)}
-            arrived = self.wait(list(oldest), timeout=0 if turn else patience)
+            arrived = self.wait(list(oldest), timeout=patience)
             if not arrived:
                 break
             arrived = self.wait(list(oldest), num_returns=len(oldest), timeout=0)  # perhaps others as well

@@ -833,17 +833,18 @@ def test_chunks_are_asked_for_with_the_weights_published_last(fake_ray):
 
 
 def test_every_actor_is_heard_in_turn(fake_ray):
-    """Each is an actor of its own. Of all chunks that are there, a call hands over three of each, and waits for one."""
+    """Each is an actor of its own. A call that may wait hands over a chunk of each, one that may not all there are."""
     args = make_args(num_actors=2)
     actors = apex_dqn_atari.Actors(args, 400)
     assert fake_ray.made == [(args, 0, 400), (args, 1, 400)]
-    fake_ray.answers = [("life", 0)] * 6
+    fake_ray.answers = [("life", 0)] * 8
     actors.publish("weights", 7)
     fake_ray.timeouts.clear()
-    assert [actor for actor, _, _ in actors.receive(patience=5)] == [0, 1, 0, 1, 0, 1]
-    _, first, *others = fake_ray.timeouts  # before them Ray is asked whether it lives
-    assert first == 5 and not any(others)
-    assert fake_ray.asked == [7] * 10  # three of each in advance, and one for each that has arrived but for the last
+    assert [actor for actor, _, _ in actors.receive(patience=5)] == [0, 1]
+    assert fake_ray.timeouts == [0, 5, 0]  # the first asks whether Ray lives
+    assert [actor for actor, _, _ in actors.receive(patience=0)] == [0, 1, 0, 1, 0, 1]
+    assert not any(fake_ray.timeouts[3:])
+    assert fake_ray.asked == [7] * 12  # three of each in advance, and one for each that has arrived but for the last
 
 
 def test_actor_that_cannot_be_made_ends_the_run(fake_ray):
