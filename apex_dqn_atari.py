@@ -1733,7 +1733,7 @@ def check_memory(flag: str, needed: float, device: torch.device) -> None:
 def find_replay_device(args: Args, device: torch.device) -> torch.device:
     """The learner's device if it is CUDA and the replay fits there, else main memory (on MPS they are the same).
 
-    Ends the program if it does not fit, into main memory in any case: every checkpoint goes through it.
+    Ends the program if it does not fit. It must always fit into main memory: every checkpoint goes through there.
     """
     if args.replay_device == "cuda" and device.type != "cuda":
         sys.exit(f"error: --replay-device cuda is not for a learner on {device}: give auto")
