@@ -242,7 +242,7 @@ class Args(RunFlags, WandbFlags, EvaluationFlags, GameFlags, AlgorithmFlags):
 
 
 class QNetwork(nn.Module):
-    """The dueling network of Wang et al. 2016.
+    """The dueling network of Wang et al. 2016, without their scaling of the trunk's gradient by 1/sqrt(2).
 
     Observations uint8 [batch, 4, 84, 84] to Q-values float32 [batch, actions]. ``dtype`` is the precision in which
     the trunk computes; its weights stay float32.
@@ -262,7 +262,6 @@ class QNetwork(nn.Module):
             nn.Linear(64 * 7 * 7, 2 * 512),  # the hidden layers of both streams, in one product
             nn.ReLU(),
         )
-        self.trunk.to(memory_format=torch.channels_last)
         self.value = nn.Linear(512, 1)
         self.advantage = nn.Linear(512, num_actions)
 
@@ -350,9 +349,11 @@ class Replay:
             values = upload(chunk[name], self.device)
             getattr(self, name)[places[first : first + CHUNK]] = values
         if not follows:
-            self.priorities[places[: self.args.n_step + HISTORY]] = 0
+            without_frames = places[: self.args.n_step + HISTORY].flatten()
+            self.priorities.index_fill_(0, without_frames, 0)  # priorities[...] = 0 would wait for the GPU
         # the newest, whose successors are still to come, and the oldest, whose older frames have just gone
-        self.priorities[places[CHUNK:]] = 0
+        stale = places[CHUNK:].flatten()
+        self.priorities.index_fill_(0, stale, 0)
         self.num_steps[actor] += CHUNK
 
     def sample(self, batch_size: int) -> Batch:
@@ -463,6 +464,7 @@ class Actor:
         self.envs = [Game(args) for _ in self.numbers]
         dtype = getattr(torch, find_precision(args.precision, torch.device("cpu")))
         self.network = QNetwork(int(self.envs[0].action_space.n), dtype)
+        self.network.to(memory_format=torch.channels_last)
         self.network.trunk.to(dtype)  # it is never trained: cast once for all steps
         seeds = self.rng.integers(2**31, size=len(self.envs)).tolist()
         self.observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)])
@@ -561,15 +563,16 @@ class Agent:
         self.device = device
         self.precision = find_precision(args.precision, device)
         dtype = getattr(torch, self.precision)
-        self.q_network = QNetwork(num_actions, dtype).to(device)
-        self.target_network = QNetwork(num_actions, dtype).to(device)
+        layout = conv_layout(device)
+        self.q_network = QNetwork(num_actions, dtype).to(device, memory_format=layout)
+        self.target_network = QNetwork(num_actions, dtype).to(device, memory_format=layout)
         self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
         self.update_target()
         self.optimizer = torch.optim.RMSprop(
             self.q_network.parameters(),
             args.learning_rate,
             alpha=0.95,
-            eps=1.5e-7**0.5,  # TensorFlow's epsilon (1.5e-7) stands under the root, torch's beside it
+            eps=1.5e-7**0.5,  # TensorFlow's (1.5e-7) stands under the root: where it matters, our steps are smaller
             centered=True,
             capturable=device.type == "cuda",
         )
@@ -636,7 +639,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
     actors = Actors(args, global_step)
     actors.publish(agent.weights(), agent.updates)
 
-    learn = capture_learning(args, agent, replay)
+    learn = one_ahead(capture_learning(args, agent, replay), device)
     free_running = args.steps_per_update is None  # no fixed ratio of steps to updates
     owed = 0.0  # updates still to be made
     logged_updates = agent.updates
@@ -795,16 +798,17 @@ class Atari(gym.Wrapper):
 
     def _start_game(self, seed: int | None) -> None:
         self.env.reset(seed=seed)
+        self.episode_return = 0.0
         for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-            self.ale.act(ale_py.Action.NOOP)
+            self.episode_return += self.ale.act(ale_py.Action.NOOP)  # the clock of Skiing runs
             if self.ale.game_over(with_truncation=False):
                 self.env.reset()
+                self.episode_return = 0.0
         self.ale.getScreenGrayscale(self.screens[0])
         self.screens[1] = 0
         self.colors[:] = self.ale.getScreenRGB()
         self.last_action = ale_py.Action.NOOP
         self.game_ended = False
-        self.episode_return = 0.0
         self.episode_length = 0
         self.num_rewards = 0
         self.rewarded_pictures.clear()
@@ -1567,6 +1571,14 @@ def set_up_torch(args: Args, device: torch.device) -> None:
         torch.set_num_threads(1)  # for the small copies left to the CPU: to wake other threads takes longer
 
 
+def conv_layout(device: torch.device) -> torch.memory_format:
+    """How the weights of convolutions lie in memory: channels last, which is faster, but not on MPS.
+
+    There torch has read weights wrongly unless they were contiguous: https://github.com/pytorch/pytorch/issues/192212
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed: to hand it back and to fault it in anew takes a tenth of an update on a CPU."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -1611,6 +1623,23 @@ class CudaGraph:
             fixed.copy_(x, non_blocking=True)
         self.graph.replay()
         return self.outputs
+
+
+def one_ahead(function: Callable, device: torch.device) -> Callable:
+    """``function``, each call of which waits, on CUDA, for the end of the one before.
+
+    Else calls would pile up, and what waits for the GPU would wait for all of them.
+    """
+    if device.type != "cuda":
+        return function
+    previous_call = torch.cuda.Event()
+
+    def call() -> None:
+        function()
+        previous_call.synchronize()
+        previous_call.record()
+
+    return call
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -22,10 +22,10 @@ https://www.nature.com/articles/nature14236, with Adam and the settings of Clean
     python dqn_atari.py --evaluate runs/Pong__dqn_atari__2__20260131-120000/model.pt
 
 Unlike the paper but like CleanRL: Adam, the squared error without clipping, FIRE at the start of a game or life, most
-numbers. Unlike CleanRL: 8 games in step (--num-envs 1 plays one), zeros before an episode's first frame instead of
-copies of it, grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP
-after a lost life, TF32 on CUDA, and on a CPU that has it bfloat16 but for the output layers. Sticky actions are off
-even under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+numbers. Unlike CleanRL: 8 games in step (--num-envs 1 plays one), evaluations at epsilon 0.01 instead of 0.05, zeros
+before an episode's first frame instead of copies of it, grayscale before the maximum of two frames instead of after it,
+no action after that FIRE and no NOOP after a lost life, TF32 on CUDA, and on a CPU that has it bfloat16 but for the
+output layers. Sticky actions are off even under a name like ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
 
 In this order:
 
@@ -212,7 +212,6 @@ class QNetwork(nn.Module):
             nn.Linear(64 * 7 * 7, 512),
             nn.ReLU(),
         )
-        self.trunk.to(memory_format=torch.channels_last)
         self.head = nn.Linear(512, num_actions)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
@@ -340,8 +339,9 @@ class Agent:
         self.device = device
         self.precision = find_precision(args.precision, device)
         dtype = getattr(torch, self.precision)
-        self.q_network = QNetwork(num_actions, dtype).to(device)
-        self.target_network = QNetwork(num_actions, dtype).to(device)
+        layout = conv_layout(device)
+        self.q_network = QNetwork(num_actions, dtype).to(device, memory_format=layout)
+        self.target_network = QNetwork(num_actions, dtype).to(device, memory_format=layout)
         self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
         self.update_target()
         options = optimizer_options(device)
@@ -552,16 +552,17 @@ class Atari(gym.Wrapper):
 
     def _start_game(self, seed: int | None) -> None:
         self.env.reset(seed=seed)
+        self.episode_return = 0.0
         for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-            self.ale.act(ale_py.Action.NOOP)
+            self.episode_return += self.ale.act(ale_py.Action.NOOP)  # the clock of Skiing runs
             if self.ale.game_over(with_truncation=False):
                 self.env.reset()
+                self.episode_return = 0.0
         self.ale.getScreenGrayscale(self.screens[0])
         self.screens[1] = 0
         self.colors[:] = self.ale.getScreenRGB()
         self.last_action = ale_py.Action.NOOP
         self.game_ended = False
-        self.episode_return = 0.0
         self.episode_length = 0
         self.num_rewards = 0
         self.rewarded_pictures.clear()
@@ -1384,6 +1385,14 @@ def set_up_torch(args: Args, device: torch.device) -> None:
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
         torch.set_num_threads(1)  # for the small copies left to the CPU: to wake other threads takes longer
+
+
+def conv_layout(device: torch.device) -> torch.memory_format:
+    """How the weights of convolutions lie in memory: channels last, which is faster, but not on MPS.
+
+    There torch has read weights wrongly unless they were contiguous: https://github.com/pytorch/pytorch/issues/192212
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def optimizer_options(device: torch.device) -> dict:

@@ -25,11 +25,11 @@ as one.
 
 Unlike the paper but like CleanRL: normalized advantages, orthogonal weights at the start, a limit on the gradient norm,
 the value loss is clipped and counts a quarter, the clip range does not shrink, 4 passes over the steps instead of 3,
-FIRE at the start of a game or life. Unlike CleanRL: the return of a game cut off at
-the frame limit goes on with the value of its last state; zeros before an episode's first frame instead of copies of it,
-grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life,
-TF32 on CUDA, and on a CPU that has it bfloat16 but for the output layers. Sticky actions are off even under a name like
-ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+FIRE at the start of a game or life. Unlike CleanRL: the return of a game cut off at the frame limit goes on with the
+value of its last state; zeros before an episode's first frame instead of copies of it, grayscale before the maximum of
+two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA, and on a CPU that
+has it bfloat16 but for the output layers. Sticky actions are off even under a name like ALE/Pong-v5, which has
+--sticky-actions 0.25 elsewhere.
 
 In this order:
 
@@ -235,7 +235,6 @@ class ActorCritic(nn.Module):
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                 nn.init.zeros_(layer.bias)
-        self.trunk.to(memory_format=torch.channels_last)
 
     def forward(self, observations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mixed = self.dtype != torch.float32
@@ -325,7 +324,8 @@ class Agent:
         self.args = args
         self.device = device
         self.precision = find_precision(args.precision, device)
-        self.network = ActorCritic(num_actions, getattr(torch, self.precision)).to(device)
+        network = ActorCritic(num_actions, getattr(torch, self.precision))
+        self.network = network.to(device, memory_format=conv_layout(device))
         self.learning_rate = torch.tensor(args.learning_rate, device=device)  # a CUDA graph would freeze a plain number
         options = optimizer_options(device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), self.learning_rate, eps=1e-5, **options)
@@ -613,16 +613,17 @@ class Atari(gym.Wrapper):
 
     def _start_game(self, seed: int | None) -> None:
         self.env.reset(seed=seed)
+        self.episode_return = 0.0
         for _ in range(self.unwrapped.np_random.integers(1, NOOP_MAX + 1)):
-            self.ale.act(ale_py.Action.NOOP)
+            self.episode_return += self.ale.act(ale_py.Action.NOOP)  # the clock of Skiing runs
             if self.ale.game_over(with_truncation=False):
                 self.env.reset()
+                self.episode_return = 0.0
         self.ale.getScreenGrayscale(self.screens[0])
         self.screens[1] = 0
         self.colors[:] = self.ale.getScreenRGB()
         self.last_action = ale_py.Action.NOOP
         self.game_ended = False
-        self.episode_return = 0.0
         self.episode_length = 0
         self.num_rewards = 0
         self.rewarded_pictures.clear()
@@ -1590,6 +1591,14 @@ def set_up_torch(args: Args, device: torch.device) -> None:
         torch.cuda.set_device(device.index or 0)
         torch.set_float32_matmul_precision("high")  # TF32, which cuDNN's convolutions use by default
         torch.set_num_threads(1)  # for the small copies left to the CPU: to wake other threads takes longer
+
+
+def conv_layout(device: torch.device) -> torch.memory_format:
+    """How the weights of convolutions lie in memory: channels last, which is faster, but not on MPS.
+
+    There torch has read weights wrongly unless they were contiguous: https://github.com/pytorch/pytorch/issues/192212
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def optimizer_options(device: torch.device) -> dict:

@@ -111,6 +111,21 @@ def one_hot(x: T, size: int) -> T:
     return torch.zeros(*x.shape, size, dtype=torch.int64).scatter_(-1, x[..., None], 1)
 
 
+class Event:
+    """Of ``torch.cuda``: the host waits for it if it has been recorded."""
+
+    def __init__(self, gpu):
+        self.gpu = gpu
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        if self.recorded:
+            self.gpu.wait()
+
+
 class PretendedGPU(TorchFunctionMode):
     """Tensors for cuda lie in main memory and are known by their address; ``waits`` counts what the host waits for.
 
@@ -176,7 +191,10 @@ class PretendedGPU(TorchFunctionMode):
         made_on_gpu = device is not None and torch.device(device).type == "cuda"
         needs_values = func.__name__ in WAITING
         if func in (T.__getitem__, T.__setitem__):
-            needs_values = any(x.dtype == torch.bool for x in tensors(args[1]))
+            indices = tensors(args[1])
+            needs_values = any(x.dtype == torch.bool for x in indices)
+            if func is T.__setitem__ and indices and not tensors(args[2]):
+                needs_values = True  # the number is first a tensor in main memory
         if (on_gpu and needs_values) or (made_on_gpu and func in (torch.tensor, torch.as_tensor)):
             self.wait()
         if on_gpu and any(x.dim() for x in in_main_memory):
@@ -230,6 +248,7 @@ def pretended_gpu(script, monkeypatch):
             "Stream": lambda: stream,
             "current_stream": lambda: stream,
             "stream": lambda stream: nullcontext(),
+            "Event": lambda: Event(gpu),
         }.items():
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: GPU)

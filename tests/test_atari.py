@@ -325,6 +325,23 @@ def test_repeated_rewards_rise_in_a_loop():
     assert env.num_rewards >= 50 and env.repeated_rewards == 0.9
 
 
+def test_the_return_is_of_the_whole_game():
+    """The points of the no-op start included: the clock of Skiing runs from the first frame."""
+    env = Atari(Args(env_id="Skiing", max_episode_frames=200))
+    env.reset(seed=1)
+    paid = env.episode_return
+    truncated = False
+    while not truncated:
+        *_, truncated, info = env.step(0)
+    raw = ale_py.ALEInterface()
+    raw.loadROM(ale_py.roms.get_rom_path("skiing"))
+    raw.setFloat("repeat_action_probability", 0)
+    raw.reset_game()
+    played = sum(raw.act(0) for _ in range(env.ale.getEpisodeFrameNumber()))
+    assert paid < 0
+    assert info["episode"]["r"] == played
+
+
 def test_frame_limit_truncates_and_never_terminates():
     env = Atari(Args(env_id="Pong", max_episode_frames=400))
     env.reset(seed=1)

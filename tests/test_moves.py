@@ -53,9 +53,10 @@ class PretendedDevices(TorchFunctionMode):
         if func == T.is_cpu.__get__:
             return self.where(args[0]) == CPU
         if func == T.to:
-            device, dtype, _, _ = torch._C._nn._parse_to(*args[1:], **kwargs)
+            device, dtype, _, layout = torch._C._nn._parse_to(*args[1:], **kwargs)
             here, device = self.where(args[0]), device or self.where(args[0])
-            return self.put(args[0].to(dtype or args[0].dtype, copy=device != here), device)
+            layout = layout or torch.preserve_format
+            return self.put(args[0].to(dtype or args[0].dtype, copy=device != here, memory_format=layout), device)
         if len(devices) > 1 and func not in (T.copy_, T.data.__set__, torch._has_compatible_shallow_copy_type):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {devices}")
         device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else devices.pop()
@@ -145,6 +146,17 @@ def test_agent_moves_between_devices(tmp_path, script):
                 exactly = {"rtol": 0, "atol": 0} if source == target else {"rtol": 1e-5, "atol": 1e-6}  # fused or not
                 for ours, theirs in zip(parameters(moved), parameters(native[source])):
                     torch.testing.assert_close(ours.to("cpu"), theirs.to("cpu"), **exactly)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_weights_of_convolutions_lie_as_the_device_needs_them(script):
+    layouts = {"cpu": torch.channels_last, "cuda": torch.channels_last, "mps": torch.contiguous_format}
+    with PretendedDevices():
+        for device, layout in layouts.items():
+            agent = make_agent(script, device)
+            weights = parameters(agent) + ([] if script is ppo_atari else targets(agent))
+            weights = [x for x in weights if x.dim() == 4]
+            assert len(weights) >= 3 and all(x.is_contiguous(memory_format=layout) for x in weights)
 
 
 def targets(agent) -> list[torch.Tensor]:

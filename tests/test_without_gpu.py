@@ -186,7 +186,7 @@ def test_apex_learns_on_a_gpu_as_on_a_cpu(replay_device, precision, monkeypatch)
         rng = np.random.default_rng(1)
         agent = script.Agent(args, 4, device)
         replay = script.Replay(args, replay_device)
-        learn = script.capture_learning(args, agent, replay)
+        learn = script.one_ahead(script.capture_learning(args, agent, replay), device)
         for number in range(5):
             replay.add(0, chunk(rng), follows=number > 0)
             for _ in range(3):
@@ -198,7 +198,8 @@ def test_apex_learns_on_a_gpu_as_on_a_cpu(replay_device, precision, monkeypatch)
     with pretended_gpu(script, monkeypatch) as gpu:
         learned = learn(GPU, replay_device)
     assert_same(learned, plain)
-    assert inside(gpu.waits) == Counter(learn_from_main_memory=0 if replay_device == GPU else 15)  # the TD errors
+    of_td_errors = 0 if replay_device == GPU else 15
+    assert inside(gpu.waits) == Counter(call=14, learn_from_main_memory=of_td_errors)  # call: for the one before
 
 
 # -------------------------------------------------------------------------------------- the stand-ins themselves
