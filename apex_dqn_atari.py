@@ -31,10 +31,10 @@ Unlike the paper: an actor plays 8 games, each with an epsilon of its own, as th
 weights only between chunks of 50 steps (charts/weights_age says how old they are); the learner holds the replay, in
 which an actor's chunk overwrites the oldest of that actor; FIRE at the start of a game or life.
 
-Also unlike CleanRL's DQN: zeros before an episode's first frame instead of copies of it, grayscale before the maximum
-of two frames instead of after it, no action after that FIRE and no NOOP after a lost life, TF32 on CUDA, and on a CPU
-that has it bfloat16 but for the output layers. Sticky actions are off even under a name like ALE/Pong-v5, which has
---sticky-actions 0.25 elsewhere.
+Also unlike CleanRL's DQN: zeros before an episode's first frame, not copies of it; grayscale before the maximum of two
+frames, not after it; no second action after FIRE and no NOOP after a lost life; TF32 on CUDA; bfloat16 in all but the
+output layers on CPUs with AVX512_BF16. Sticky actions are off unless you turn them on, even for ALE/Pong-v5, where
+Gymnasium has 0.25.
 
 In this order:
 
@@ -131,7 +131,7 @@ class AlgorithmFlags:
     buffer_size: int = 2_000_000
     """transitions in the replay, 7,070 bytes each: 14.1 GB for two million"""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the replay lies; auto is the GPU, with CUDA, if there is room, else main memory"""
+    """where the replay is stored; auto is the GPU if it is CUDA and has room, else main memory"""
     gamma: float = 0.99
     """discount factor"""
     n_step: int = 3
@@ -171,7 +171,7 @@ class GameFlags:
     sticky_actions: float = 0.0
     """probability that the emulator repeats the last action in a frame instead of taking the new one"""
     max_episode_frames: int = 108_000
-    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    """a game is cut off after this many emulator frames, 60 a second: 108000 are 30 minutes"""
     episodic_life: bool = True
     """end an episode of learning when a life is lost; the game goes on"""
     full_action_space: bool = False
@@ -186,7 +186,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt, with its flags unless given again, and train nothing"""
+    """play this model.pt or checkpoint.pt and train nothing; flags that are not given are as in the file"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
@@ -230,7 +230,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt, with its flags unless given again; give W&B's again"""
+    """go on with the run in this folder; flags that are not given are as they were, except W&B's: give those again"""
 
 
 @dataclass
@@ -345,6 +345,7 @@ class Replay:
         envs = torch.arange(envs_per_actor, device=self.device) + actor * envs_per_actor
         places = (steps[:, None] * self.args.num_envs + envs) % self.capacity  # [n + CHUNK + 3, envs_per_actor]
         for name in self.ARRAYS:
+            # the frames are those of the chunk's own steps, its transitions began n_step steps before
             first = self.args.n_step if name == "frames" else 0
             values = upload(chunk[name], self.device)
             getattr(self, name)[places[first : first + CHUNK]] = values
@@ -462,7 +463,8 @@ class Actor:
         self.epsilons = epsilons(args)[self.numbers]
         self.rng = np.random.default_rng([args.seed, number, start])
         self.envs = [Game(args) for _ in self.numbers]
-        dtype = getattr(torch, find_precision(args.precision, torch.device("cpu")))
+        precision = "float32" if args.precision == "float32" else "auto"  # the learner's may be too slow on this CPU
+        dtype = getattr(torch, find_precision(precision, torch.device("cpu")))
         self.network = QNetwork(int(self.envs[0].action_space.n), dtype)
         self.network.to(memory_format=torch.channels_last)
         self.network.trunk.to(dtype)  # it is never trained: cast once for all steps
@@ -474,9 +476,9 @@ class Actor:
         self.steps = {name: np.zeros(shape, np.uint8) for name in ("ages", "actions", "ends")}
         self.steps |= {name: np.zeros(shape, np.float32) for name in ("rewards", "q_taken", "q_best")}
         self.steps["frames"] = np.zeros((*shape, SIZE, SIZE), np.uint8)
-        self.life = time.time_ns()  # tells this actor from one that Ray starts in its place
+        self.incarnation = time.time_ns()  # tells this actor from one that Ray starts in its place
         self.num_steps = 0
-        self.updates = None  # after which the network's weights were made
+        self.updates = None  # that the learner had made when it published these weights
         self.finished = time.perf_counter()
 
     @torch.inference_mode()
@@ -485,9 +487,9 @@ class Actor:
 
         Returns ``frames``, uint8 [CHUNK, envs, 84, 84], of these steps, and the transitions that they complete, which
         began ``n_step`` earlier, [CHUNK, envs] each: ``ages`` and ``actions``, uint8, ``returns``, ``discounts`` and
-        ``priorities``, float32; the ``games`` that ended; this actor's ``life``, and the number of the ``first_step``
-        in it; ``updates``; and ``waiting``, the share of time in which nothing was asked of it. The arrays may be views
-        that the next call overwrites.
+        ``priorities``, float32; the ``games`` that ended; this actor's ``incarnation``, and the number of the
+        ``first_step`` in it; ``updates``; and ``waiting``, the share of time in which nothing was asked of it. The
+        arrays may be views that the next call overwrites.
         """
         called = time.perf_counter()
         if updates != self.updates:
@@ -515,7 +517,7 @@ class Actor:
             "discounts": discounts,
             "priorities": prioritize(td_errors, self.args.prioritized_replay_alpha) * valid,
             "games": games,
-            "life": self.life,
+            "incarnation": self.incarnation,
             "first_step": first_step,
             "updates": updates,
             "waiting": idle / (idle + busy),
@@ -540,7 +542,7 @@ class Actor:
             steps["rewards"][t, i] = reward
             steps["ends"][t, i] = TERMINATED if terminated else truncated * TRUNCATED
             self.ages[i] = min(self.ages[i] + 1, HISTORY)
-            if info:
+            if "episode" in info:
                 games.append(info["episode"] | {"env": int(self.numbers[i])})
             if terminated or truncated:
                 observation, _ = env.reset()
@@ -555,7 +557,7 @@ class Actor:
 class Agent:
     """Q-network, target network and optimizer."""
 
-    # of a checkpoint; load_state_dict names them too
+    # what a checkpoint holds of the agent; add a part to load_state_dict as well
     PARTS = ("q_network", "target_network", "optimizer", "metrics")
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
@@ -566,7 +568,7 @@ class Agent:
         layout = conv_layout(device)
         self.q_network = QNetwork(num_actions, dtype).to(device, memory_format=layout)
         self.target_network = QNetwork(num_actions, dtype).to(device, memory_format=layout)
-        self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
+        self.target_network.trunk.to(dtype)  # never trained: cast when copied, not in each update
         self.update_target()
         self.optimizer = torch.optim.RMSprop(
             self.q_network.parameters(),
@@ -629,7 +631,6 @@ class Agent:
 
 def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
     """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
-    keep_freed_memory()
     start_ray(args)
     set_up_learner(args, device)
     agent = Agent(args, int(Game(args).action_space.n), device)
@@ -677,9 +678,9 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
             # log, save, evaluate
             if passed(LOG_FREQUENCY):
+                seconds = time.perf_counter() - run.logged_time
                 charts = {
-                    "charts/updates_per_second": (agent.updates - logged_updates)
-                    / (time.perf_counter() - run.logged_time),
+                    "charts/updates_per_second": (agent.updates - logged_updates) / seconds,
                     "charts/replay_size": replay.size,
                     "charts/weights_age": np.mean(weights_ages),
                     "charts/actors_waiting": np.mean(waiting),
@@ -694,7 +695,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
 
 def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], None]:
-    """A function that makes one update from the replay: on CUDA one graph, with the sampling if the replay is there."""
+    """A function that samples and updates: on CUDA one graph, or only its update if the replay is in main memory."""
 
     def learn() -> None:
         *batch, indices = replay.sample(args.batch_size)
@@ -730,9 +731,10 @@ class Atari(gym.Wrapper):
     its true return ``r``, its length ``l`` in agent steps, and ``repeated_rewards``, the share of its rewards that were
     earned in a picture in which one had been earned before: it rises when one reward is earned again and again.
 
-    An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
-    at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
-    is such an action.
+    With ``episodic_life``, an episode is one life of a game, else a whole one; but in names that come from Gymnasium
+    and CleanRL (``info["episode"]``, ``episode_return``, the chart ``episodic_return``) it is always a whole game. An
+    episode is ``terminated`` when the life or game is lost, and ``truncated`` at the frame limit. ``reset`` starts the
+    next life, or the next game if ``game_ended``, and presses FIRE if there is such an action.
 
     A class that takes its place (see ``Game``) is a ``gym.Env`` made from the flags, with ``reset``, ``step``,
     ``screen``, ``find_game``, ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``lives``,
@@ -769,7 +771,7 @@ class Atari(gym.Wrapper):
         self.episode_return = 0.0
         self.episode_length = 0
         self.num_rewards = 0  # only those above zero
-        self.rewarded_pictures = set()
+        self.rewarded_pictures = set()  # checksums of the frames in which they were earned
 
     @staticmethod
     def find_game(env_id: str) -> str:
@@ -861,7 +863,7 @@ class Atari(gym.Wrapper):
                 self.ale.getScreenGrayscale(self.screens[1])
             elif frame == FRAME_SKIP - 1:
                 self.ale.getScreenGrayscale(self.screens[0])
-        reward = unwrap(reward)
+        reward = undo_rollover(reward)
         self.episode_return += reward
         self.episode_length += 1
         self._push_frame()
@@ -870,23 +872,22 @@ class Atari(gym.Wrapper):
         return reward
 
     def _note_reward(self) -> None:
-        """Remembers the frame before the step, so coarse that the score does not make it another one."""
+        """Counts a reward, and remembers the frame in which it was earned too coarsely for the score to show in it."""
         coarse = cv2.resize(self.stack[-2], (28, 28), interpolation=cv2.INTER_AREA) // 64
         self.rewarded_pictures.add(zlib.crc32(coarse))
         self.num_rewards += 1
 
     def _push_frame(self) -> None:
-        latest = self.screens[0]
-        newest = self.stack[-1]
-        np.maximum(latest, self.screens[1], out=latest)
+        brightest = self.screens[0]
+        np.maximum(*self.screens, out=brightest)
         self.stack[:-1] = self.stack[1:]
-        cv2.resize(latest, (SIZE, SIZE), dst=newest, interpolation=cv2.INTER_AREA)
+        cv2.resize(brightest, (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
 
 
 Game = Atari  # the environment of this script: another class can stand here
 
 
-def unwrap(reward: float) -> float:
+def undo_rollover(reward: float) -> float:
     """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
 
     The emulator reports the difference, -999,900 for 100. A score of 5 digits or more falls by nine tenths of its
@@ -914,7 +915,7 @@ class Actors:
         remote_actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Actor)
         self.actors = [remote_actor.remote(args, number, start) for number in range(args.num_actors)]
         self.requests = [deque() for _ in self.actors]  # the oldest first
-        self.expected = [None] * args.num_actors  # the life and first step of a chunk that follows each actor's last
+        self.expected = [None] * args.num_actors  # incarnation and first step of the chunk after each actor's last
         self.heard = [time.monotonic()] * args.num_actors  # when each actor's last chunk arrived
         self.probe = ray.put(None)
 
@@ -965,13 +966,13 @@ class Actors:
 
     def follows(self, actor: int, chunk: dict) -> bool:
         """Whether the chunk goes on where the actor's last one ended; tells if the actor was started again."""
-        life = chunk["life"]
+        incarnation = chunk["incarnation"]
         first_step = chunk["first_step"]
         expected = self.expected[actor]
-        self.expected[actor] = (life, first_step + CHUNK)
-        if expected and life != expected[0]:
+        self.expected[actor] = (incarnation, first_step + CHUNK)
+        if expected and incarnation != expected[0]:
             say(f"actor {actor} died and has been started again", file=sys.stderr)
-        return (life, first_step) == expected
+        return (incarnation, first_step) == expected
 
     def miss_silent_actors(self) -> None:
         """Warns once of each actor that has sent nothing for too long."""
@@ -1187,7 +1188,7 @@ class Overlay(gym.Wrapper):
         """Value, advantages and their sums, the Q-values; a bar an action, from the middle: its advantage."""
         advantages = self.advantages
         right = self.LEFT + 346
-        self.title(top - 14, f"V(s) = {number(self.value)}", "Q = V + A", self.action_key())
+        self.title(top - 14, f"V(s) = {number(self.value)}", "Q = V + A", self.action_legend())
         self.text("A(s, a)", right, top - 14, QUIET, 14, right=True)
         pitch = min(36, (bottom - top) // len(advantages))
         size = min(15, pitch - 4)
@@ -1240,7 +1241,7 @@ class Overlay(gym.Wrapper):
             self.text(name, self.LEFT + column, top, QUIET, 14)
             self.text(value, self.LEFT + column, top + 23, TEXT, 18, 600)
 
-    def action_key(self) -> dict:
+    def action_legend(self) -> dict:
         """What the colors of actions mean, for ``title``."""
         taken = "taken" if self.action == self.greedy else "exploring"
         return {"greedy": GREEDY, taken: CHOSEN}
@@ -1258,10 +1259,10 @@ class Overlay(gym.Wrapper):
         """A filled rectangle, or an empty one with so wide a border; its last pixels are ``right`` and ``bottom``."""
         cv2.rectangle(self.canvas, (left, top), (right, bottom), color, border)
 
-    def title(self, y: int, text: str, figure: str, key: dict) -> None:
+    def title(self, y: int, text: str, figure: str, legend: dict) -> None:
         """Heads a part: its name, words in the colors that they explain, a figure at the right."""
         x = self.text(text, self.LEFT, y, QUIET, 14)
-        for word, color in key.items():
+        for word, color in legend.items():
             x = self.text(word, x + 14, y, color, 14)
         self.text(figure, self.RIGHT, y, QUIET, 14, right=True)
 
@@ -1279,18 +1280,18 @@ class Recorder:
         self.length = length  # most pictures
         self.count = 0  # pictures in the file
         self.active = length > 0  # whether more pictures are wanted
-        self.still = None  # every 100th picture of the game, the last of them
+        self.still = None  # the latest of every 100th picture, for W&B and LEET
         self.ffmpeg = None
 
-    def write(self, env: Overlay) -> None:
-        """Adds one picture of ``env``, unless the video is closed, has failed or has its full length."""
+    def write(self, overlay: Overlay) -> None:
+        """Adds one picture of ``overlay``, unless the video is closed, has failed or has its full length."""
         if not self.active:
             return
-        if self.count + 1 == self.length and not env.env.game_ended:
-            env.notice = "the video is cut here"
+        if self.count + 1 == self.length and not overlay.env.game_ended:
+            overlay.notice = "the video is cut here"
             say(f"{self.path} is cut after {self.length:,} steps, the game goes on: see more with --video-length")
         try:
-            picture = env.render()
+            picture = overlay.render()
             if self.ffmpeg is None:
                 self.start(picture)
             self.ffmpeg.stdin.write(picture)
@@ -1299,7 +1300,7 @@ class Recorder:
         except Exception as error:
             self.fail(error)
         else:
-            if self.count % 100 == 0 and not env.env.game_ended:
+            if self.count % 100 == 0 and not overlay.env.game_ended:
                 self.still = picture.copy()
             self.count += 1
             self.active = self.count < self.length
@@ -1362,7 +1363,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
         env.note(thoughts, action)
         recorder.write(env)
         observation, _, terminated, truncated, info = env.step(action)
-        if info:  # the end of the game is the last picture
+        if "episode" in info:  # the end of the game is the last picture
             recorder.write(env)
             recorder.close()
             episodes.append(info["episode"])
@@ -1413,7 +1414,7 @@ class Tracker:
     """The run's record in Weights & Biases.
 
     An error of W&B never ends a run that has started: it becomes one warning, after which the tracker does nothing, as
-    it does when W&B is disabled. Only a model that cannot be uploaded does not end the tracking.
+    it does when W&B is disabled. If only the model cannot be uploaded, tracking goes on.
     """
 
     def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
@@ -1428,7 +1429,7 @@ class Tracker:
     def start(self, args: Args, mode: str, job_type: str) -> None:
         """Begins or resumes the run, offline where online fails. Never asks for a login."""
         if mode != "auto":
-            os.environ["WANDB_MODE"] = mode  # a flag wins over it
+            os.environ["WANDB_MODE"] = mode  # a flag wins over this variable
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself can hold up the exit
         import wandb
 
@@ -1454,7 +1455,7 @@ class Tracker:
                     sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
                 if logged_in:
                     self.run = wandb.init(mode="online", **options)
-                reason = "no login, or wandb offline was called: "
+                reason = "no login, or wandb offline was called: "  # the latter wins over the mode
             except wandb.Error as error:
                 reason = f"{textwrap.shorten(str(error), 200)}: "
                 self.background(wandb.teardown).join(1)  # the failed start holds the run's name
@@ -1495,13 +1496,13 @@ class Tracker:
         if self.run is None:
             return
         command = f"wandb sync --include-online {self.run.sync_dir}"
-        upload = self.background(self.run.finish, exit_code)
-        upload.join(5)
-        if upload.is_alive() and not stopped():
+        uploading = self.background(self.run.finish, exit_code)
+        uploading.join(5)
+        if uploading.is_alive() and not stopped():
             say(f"W&B: waiting for the upload; Ctrl-C ends that: the record is on disk, later: {command}")
-        while upload.is_alive() and not stopped():
-            upload.join(0.2)
-        if upload.is_alive():
+        while uploading.is_alive() and not stopped():
+            uploading.join(0.2)
+        if uploading.is_alive():
             say(f"W&B: not all was uploaded; the record is on disk, later: {command}")
         self.working = False
         self.background(self.wandb.teardown).join(5)  # at exit W&B would begin to wait again
@@ -1709,7 +1710,7 @@ def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    """Loads moments, not options such as the learning rate: those come from this start's flags and device."""
     if saved["state"] and not optimizer.state:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, parameter in enumerate(parameters):
@@ -1802,7 +1803,7 @@ class Run:
         self.lock = lock(self.run_dir)
         global_step = 0
         run_id = None
-        self.evaluated_step = 0  # up to which evaluations have been played
+        self.evaluated_step = 0  # evaluations due up to this step have been played
         if resume:
             global_step, run_id = self.load_checkpoint(resume)
             self.saved_step = global_step
@@ -1857,10 +1858,10 @@ class Run:
             return
         if self.checkpoint_is_due():
             self.save_checkpoint(global_step)
-            self.checkpoint_time = time.perf_counter()  # of one that failed as well
+            self.checkpoint_time = time.perf_counter()  # also after a failure: no new try at every step
         if self.evaluation_is_due(global_step):
             self.evaluate(global_step)
-        if not self.stop_signals:  # one that was cut off is played when the run goes on
+        if not self.stop_signals:  # else an evaluation may have been cut off: --resume plays it
             self.evaluated_step = global_step
 
     def checkpoint_is_due(self) -> bool:
@@ -1990,15 +1991,15 @@ def make_run_dir(args: Args) -> Path:
     if args.evaluate:
         name += "__eval"
     path = Path(args.run_dir) / name
-    number = 1
+    attempt = 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with suppress(FileExistsError):
                 path.mkdir()
                 return path
-            number += 1
-            path = path.with_name(f"{name}-{number}")
+            attempt += 1
+            path = path.with_name(f"{name}-{attempt}")
     except OSError as error:
         sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
 
@@ -2045,9 +2046,8 @@ def save(path: Path, contents: dict) -> bool:
 
 def header(args: Args, global_step: int) -> dict:
     """What every checkpoint and every model begins with."""
-    script = Path(__file__).name
     flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
-    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
+    return {"algorithm": ALGORITHM, "script": Path(__file__).name, "args": flags, "global_step": global_step}
 
 
 def model(args: Args, agent: Agent, global_step: int) -> dict:
@@ -2220,11 +2220,11 @@ def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 def plain_switch(word: str) -> str:
     """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
-    flag, _, value = word.partition("=")
-    name = flag.lstrip("-").replace("-", "_")
+    option, _, value = word.partition("=")
+    name = option.lstrip("-").replace("-", "_")
     if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
         return word
-    return flag if value.lower() == "true" else f"--no-{name}"
+    return option if value.lower() == "true" else f"--no-{name}"
 
 
 def parse_args(default: Args | None = None) -> Args:
@@ -2402,6 +2402,7 @@ def main() -> int:
         saved = read_flags(path, resume=bool(args.resume))
         args = parse_args(default=saved)
     check_args(args)
+    keep_freed_memory()
     device = find_device(args.device)
     if args.resume:
         check_resume(args, saved, path)

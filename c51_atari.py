@@ -22,11 +22,11 @@ https://arxiv.org/abs/1707.06887, with the settings of CleanRL.
     python c51_atari.py --evaluate runs/Pong__c51_atari__2__20260131-120000/model.pt
 
 Unlike the paper but like CleanRL: FIRE at the start of a game or life, 10 million steps, the first update after 80,000.
-Unlike CleanRL: the cross entropy is that of logits, so no probability is clamped; 8 games in step (--num-envs 1 plays
-one), evaluations at epsilon 0.01 instead of 0.05, zeros before an episode's first frame instead of copies of it,
-grayscale before the maximum of two frames instead of after it, no action after that FIRE and no NOOP after a lost life,
-TF32 on CUDA, and on a CPU that has it bfloat16 but for the output layers. Sticky actions are off even under a name like
-ALE/Pong-v5, which has --sticky-actions 0.25 elsewhere.
+Unlike CleanRL: the cross entropy is that of logits, so no probability is clamped; 8 games in lockstep (--num-envs 1
+plays one); evaluations at epsilon 0.01, not 0.05; zeros before an episode's first frame, not copies of it; grayscale
+before the maximum of two frames, not after it; no second action after FIRE and no NOOP after a lost life; TF32 on CUDA;
+bfloat16 in all but the output layers on CPUs with AVX512_BF16. Sticky actions are off unless you turn them on, even for
+ALE/Pong-v5, where Gymnasium has 0.25.
 
 In this order:
 
@@ -99,7 +99,7 @@ class AlgorithmFlags:
     buffer_size: int = 1_000_000
     """transitions in the replay, 7,062 bytes each: 7.1 GB for a million"""
     replay_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the replay lies; auto is the GPU, with CUDA, if there is room, else main memory"""
+    """where the replay is stored; auto is the GPU if it is CUDA and has room, else main memory"""
     gamma: float = 0.99
     """discount factor"""
     batch_size: int = 32
@@ -115,7 +115,7 @@ class AlgorithmFlags:
     learning_starts: int = 80_000
     """steps before the first update"""
     train_frequency: int = 4
-    """steps from one update to the next; with 8 games, each step of all of them is followed by 8 / this many"""
+    """steps of all games together for each update: 4 with 8 games makes two updates after each step of all games"""
     n_atoms: int = 51
     """number of atoms: the returns, from --v-min to --v-max, that a distribution gives probabilities"""
     v_min: float = -10.0
@@ -135,7 +135,7 @@ class GameFlags:
     sticky_actions: float = 0.0
     """probability that the emulator repeats the last action in a frame instead of taking the new one"""
     max_episode_frames: int = 108_000
-    """longest game in emulator frames, 60 a second; the limit of 30 minutes can be raised"""
+    """a game is cut off after this many emulator frames, 60 a second: 108000 are 30 minutes"""
     episodic_life: bool = True
     """end an episode of learning when a life is lost; the game goes on"""
     full_action_space: bool = False
@@ -145,7 +145,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt, with its flags unless given again, and train nothing"""
+    """play this model.pt or checkpoint.pt and train nothing; flags that are not given are as in the file"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
@@ -189,7 +189,7 @@ class RunFlags:
     checkpoint_minutes: float = 15.0
     """minutes from one checkpoint to the next; 0 writes one only at the end and when the run is stopped"""
     resume: str | None = None
-    """go on with a run, given its folder or checkpoint.pt, with its flags unless given again; give W&B's again"""
+    """go on with the run in this folder; flags that are not given are as they were, except W&B's: give those again"""
 
 
 @dataclass
@@ -255,7 +255,8 @@ class Replay:
     Each array has one place for each environment and step: the newest frame of the observation, the action, the
     reward and how the episode ended, if it did. The environments of a step lie side by side, the steps in a ring. A
     sample gathers 5 frames around a step and blanks those from before the episode. Never drawn: a step whose
-    successor is not stored yet, one with a part of its frames overwritten, and one at which the episode was truncated.
+    successor is not stored yet, one with a part of its frames overwritten, and one at which the episode was truncated,
+    as the state that it led to is not stored.
     """
 
     ARRAYS = ("frames", "actions", "rewards", "ends")
@@ -269,17 +270,21 @@ class Replay:
         self.actions = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
         self.rewards = torch.zeros(self.capacity, dtype=torch.float32, device=device)
         self.ends = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
-        self.num_steps = 0
-        self.num_steps_on_device = torch.zeros((), dtype=torch.int64, device=device)  # read inside the CUDA graph
+        self.num_steps = 0  # of each environment since the start: the last max_steps of them are stored
+        self.num_steps_on_device = torch.zeros((), dtype=torch.int64, device=device)  # the same, for CUDA graphs
 
     def add(self, frames, actions, rewards, terminated, truncated) -> None:
-        """Stores one step of all environments; ``frames`` (uint8 [num_envs, 84, 84]) are those acted on."""
+        """Stores one step of all environments: what was seen and done, on a device, and what came of it, from ``recv``.
+
+        ``frames`` (uint8 [num_envs, 84, 84]) are the newest of the observations that ``actions`` answer.
+        """
         first = self.num_steps % self.max_steps * self.num_envs
         places = slice(first, first + self.num_envs)
         self.frames[places] = frames
         self.actions[places] = actions
-        self.rewards[places] = rewards
-        self.ends[places] = torch.where(terminated, TERMINATED, truncated * TRUNCATED)
+        self.rewards[places] = upload(rewards, self.device)
+        ends = np.where(terminated, TERMINATED, truncated * TRUNCATED)
+        self.ends[places] = upload(ends, self.device)
         self.num_steps += 1
         self.num_steps_on_device += 1
 
@@ -287,11 +292,11 @@ class Replay:
         """Draws valid transitions uniformly, with replacement, without waiting for the device."""
         newest = self.num_steps_on_device - 1  # its successor is not stored yet
         oldest = (self.num_steps_on_device - self.max_steps + HISTORY).clamp(min=0)
-        # The bounds are tensors for which the CPU must not wait, so it draws large numbers and takes their remainders:
-        # that favours none by more than the range / 2**31.
-        # Truncations are rare: of 8 draws for each place in the batch, enough are valid.
-        draws = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device)
-        draws = oldest * self.num_envs + draws % ((newest - oldest) * self.num_envs)
+        # torch.randint takes no tensors as bounds, and to read them would wait for the device. So take remainders of
+        # large numbers: no transition is favoured by more than a share of (their number / 2**31).
+        # Draw 8 times too many, and prefer the valid ones: truncations are so rare that these suffice.
+        large = torch.randint(2**31 - 1, (8 * batch_size,), device=self.device)
+        draws = oldest * self.num_envs + large % ((newest - oldest) * self.num_envs)
         is_truncated = self.ends.take(draws % self.capacity) == TRUNCATED
         valid_first = is_truncated.byte().argsort(stable=True)
         draws = draws[valid_first[:batch_size]]
@@ -300,11 +305,10 @@ class Replay:
         places = (draws[:, None] + offsets) % self.capacity  # [batch, 5]: 3 steps before, the drawn one, its successor
         frames = self.frames.index_select(0, places.flatten())  # many times faster than self.frames[places]
         frames = frames.unflatten(0, places.shape)
-        running = self.ends.take(places) == RUNNING
-        same_episode = torch.ones_like(running[:, 0])
-        for i in reversed(range(HISTORY)):  # an end blanks its own frame and those before it
-            same_episode = same_episode & running[:, i]
-            frames[:, i] *= same_episode[:, None, None]
+        running = self.ends.take(places[:, :HISTORY]) == RUNNING
+        # an end blanks its own frame and those before it: a product from the newest frame to the oldest
+        same_episode = running.flip(1).cumprod(1, dtype=torch.uint8).flip(1)
+        frames[:, :HISTORY] *= same_episode[:, :, None, None]
 
         drawn = places[:, HISTORY]
         return Batch(
@@ -368,7 +372,7 @@ def of_actions(values: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
 class Agent:
     """Q-network, target network and optimizer."""
 
-    # of a checkpoint; load_state_dict names them too
+    # what a checkpoint holds of the agent; add a part to load_state_dict as well
     PARTS = ("q_network", "target_network", "optimizer", "metrics")
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
@@ -381,7 +385,7 @@ class Agent:
         layout = conv_layout(device)
         self.q_network = QNetwork(num_actions, support, dtype).to(device, memory_format=layout)
         self.target_network = QNetwork(num_actions, support, dtype).to(device, memory_format=layout)
-        self.target_network.trunk.to(dtype)  # it is never trained: cast once a copy, not once an update
+        self.target_network.trunk.to(dtype)  # never trained: cast when copied, not in each update
         self.update_target()
         options = optimizer_options(device)
         options["eps"] = 0.01 / args.batch_size  # the paper's 0.01 / 32
@@ -470,7 +474,6 @@ def linear_schedule(start_e: float, end_e: float, duration: float, t: int) -> fl
 
 def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) -> int:
     """Trains anew or from the checkpoint ``resume``; returns the exit code, 128 + the signal if one stopped it."""
-    keep_freed_memory()
     envs = AtariVector(args)  # forks, so before the lock, threads and CUDA
     set_up_torch(args, device)
     agent = Agent(args, envs.num_actions, device)
@@ -483,11 +486,11 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
     act = capture(agent.act, device)
     learn = capture_learning(args, agent, replay)
-    epsilon = torch.zeros((), device=device)
+    epsilon = torch.zeros((), device=device)  # a CUDA graph would freeze a plain number
     exploration_steps = args.exploration_fraction * args.total_timesteps
 
     def passed(frequency: int) -> int:
-        """How many multiples of ``frequency`` the last step of all environments has reached."""
+        """How often what is done every ``frequency`` steps is due after the last step of all environments."""
         return multiples(frequency, global_step - args.num_envs, global_step)
 
     with closing(run), closing(envs):
@@ -507,8 +510,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
             # store
             next_observations, rewards, terminated, truncated, games = envs.recv()
-            outcome = (upload(x, replay.device) for x in (rewards, terminated, truncated))
-            replay.add(observations[:, -1], actions, *outcome)
+            replay.add(observations[:, -1], actions, rewards, terminated, truncated)
             observations = upload(next_observations, device)
 
             # log, save, evaluate
@@ -521,7 +523,7 @@ def train(args: Args, device: torch.device, run_dir: Path, resume: Path | None) 
 
 
 def capture_learning(args: Args, agent: Agent, replay: Replay) -> Callable[[], None]:
-    """A function that makes one update from the replay: on CUDA one graph, with the sampling if the replay is there."""
+    """A function that samples and updates: on CUDA one graph, or only its update if the replay is in main memory."""
 
     def learn() -> None:
         agent.update(*replay.sample(args.batch_size))
@@ -554,15 +556,18 @@ class Atari(gym.Wrapper):
     its true return ``r``, its length ``l`` in agent steps, and ``repeated_rewards``, the share of its rewards that were
     earned in a picture in which one had been earned before: it rises when one reward is earned again and again.
 
-    An episode is ``terminated`` when the game is over or, with ``episodic_life``, a life is lost, and ``truncated``
-    at the frame limit. ``reset`` starts the next life, or the next game if ``game_ended``, and presses FIRE if there
-    is such an action.
+    With ``episodic_life``, an episode is one life of a game, else a whole one; but in names that come from Gymnasium
+    and CleanRL (``info["episode"]``, ``episode_return``, the chart ``episodic_return``) it is always a whole game. An
+    episode is ``terminated`` when the life or game is lost, and ``truncated`` at the frame limit. ``reset`` starts the
+    next life, or the next game if ``game_ended``, and presses FIRE if there is such an action.
 
     A class that takes its place (see ``Game``) is a ``gym.Env`` made from the flags, with ``reset``, ``step``,
     ``state_dict`` (lists and dicts of numbers, text and bytes), ``load_state_dict``, ``screen``, ``find_game``,
     ``action_space``, and what the overlay shows: ``game``, ``action_names``, ``stack``, ``lives``, ``game_ended``,
     ``episode_return``, ``episode_length``, ``repeated_rewards`` and ``recording``.
     """
+
+    COUNTS = ("lives", "game_ended", "num_rewards", "episode_return", "episode_length")  # in state_dict as they are
 
     def __init__(self, args: Args):
         self.game = self.find_game(args.env_id)
@@ -594,7 +599,7 @@ class Atari(gym.Wrapper):
         self.episode_return = 0.0
         self.episode_length = 0
         self.num_rewards = 0  # only those above zero
-        self.rewarded_pictures = set()
+        self.rewarded_pictures = set()  # checksums of the frames in which they were earned
 
     @staticmethod
     def find_game(env_id: str) -> str:
@@ -686,7 +691,7 @@ class Atari(gym.Wrapper):
                 self.ale.getScreenGrayscale(self.screens[1])
             elif frame == FRAME_SKIP - 1:
                 self.ale.getScreenGrayscale(self.screens[0])
-        reward = unwrap(reward)
+        reward = undo_rollover(reward)
         self.episode_return += reward
         self.episode_length += 1
         self._push_frame()
@@ -695,17 +700,16 @@ class Atari(gym.Wrapper):
         return reward
 
     def _note_reward(self) -> None:
-        """Remembers the frame before the step, so coarse that the score does not make it another one."""
+        """Counts a reward, and remembers the frame in which it was earned too coarsely for the score to show in it."""
         coarse = cv2.resize(self.stack[-2], (28, 28), interpolation=cv2.INTER_AREA) // 64
         self.rewarded_pictures.add(zlib.crc32(coarse))
         self.num_rewards += 1
 
     def _push_frame(self) -> None:
-        latest = self.screens[0]
-        newest = self.stack[-1]
-        np.maximum(latest, self.screens[1], out=latest)
+        brightest = self.screens[0]
+        np.maximum(*self.screens, out=brightest)
         self.stack[:-1] = self.stack[1:]
-        cv2.resize(latest, (SIZE, SIZE), dst=newest, interpolation=cv2.INTER_AREA)
+        cv2.resize(brightest, (SIZE, SIZE), dst=self.stack[-1], interpolation=cv2.INTER_AREA)
 
     def state_dict(self) -> dict:
         """All that the rest of the game depends on, as plain values: torch's threads do not survive the fork."""
@@ -715,13 +719,8 @@ class Atari(gym.Wrapper):
             "last_action": self.last_action.value,
             "screens": self.screens.tobytes(),
             "stack": self.stack.tobytes(),
-            "num_rewards": self.num_rewards,
             "rewarded_pictures": sorted(self.rewarded_pictures),
-            "game_ended": self.game_ended,
-            "lives": self.lives,
-            "episode_return": self.episode_return,
-            "episode_length": self.episode_length,
-        }
+        } | {name: getattr(self, name) for name in self.COUNTS}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where ``state`` was taken; raises an error if it is damaged or of another game."""
@@ -734,12 +733,10 @@ class Atari(gym.Wrapper):
         self.last_action = ale_py.Action(state["last_action"])
         for array, name in ((self.screens, "screens"), (self.stack, "stack")):
             array[:] = np.frombuffer(state[name], np.uint8).reshape(array.shape)
-        self.num_rewards = int(state["num_rewards"])
         self.rewarded_pictures = {int(picture) for picture in state["rewarded_pictures"]}
-        self.game_ended = bool(state["game_ended"])
-        self.lives = int(state["lives"])
-        self.episode_return = float(state["episode_return"])
-        self.episode_length = int(state["episode_length"])
+        for name in self.COUNTS:
+            kind = type(getattr(self, name))
+            setattr(self, name, kind(state[name]))
         for name, value in self.state_dict().items():
             lossy = name == "emulator" and self.game == "MiniatureGolf"  # ale-py 0.12.1 loses the count of its strokes
             if value != state[name] and not lossy:
@@ -749,7 +746,7 @@ class Atari(gym.Wrapper):
 Game = Atari  # the environment of this script: another class can stand here
 
 
-def unwrap(reward: float) -> float:
+def undo_rollover(reward: float) -> float:
     """The true points of a step in which the score ran over its last digit, as from 999,950 to 50.
 
     The emulator reports the difference, -999,900 for 100. A score of 5 digits or more falls by nine tenths of its
@@ -786,7 +783,7 @@ class EnvSlice:
         self.outcomes = np.frombuffer(memory, OUTCOME)[first:last]
 
     def send(self, message: tuple[str, list]) -> None:
-        """Calls the method named first with the argument that follows; ``recv`` returns the result, as a pipe does."""
+        """Calls a method by its name; ``recv`` returns the result. So a slice in this process stands in for a pipe."""
         method, argument = message
         self.result = getattr(self, method)(argument)
 
@@ -805,7 +802,7 @@ class EnvSlice:
         games = []
         for i, env in enumerate(self.envs):
             observation, reward, terminated, truncated, info = env.step(actions[i])
-            if info:
+            if "episode" in info:
                 games.append(info["episode"] | {"env": self.first + i})
             if terminated or truncated:
                 observation, _ = env.reset()
@@ -828,18 +825,19 @@ class EnvSlice:
 
 
 def derive_seed(*numbers: int) -> int:
-    """A seed made of several numbers: seeds 1 and 2 have no games in common, as ``seed + i`` would."""
+    """A seed made of several numbers; with ``seed + i``, runs with seeds 1 and 2 would share most of their games."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def work(pipe, inherited: list, *share) -> None:
+def work(pipe, inherited: list, *slice_args) -> None:
     """Body of a worker process: serves a slice until the main process closes the pipe or dies."""
-    for number in STOP_SIGNALS:  # terminals and job schedulers signal every process: the main one decides,
-        signal.signal(number, signal.SIG_IGN)  # and needs the games for its checkpoint
+    # terminals and job schedulers signal every process: the main one decides, and needs the games for its checkpoint
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     for connection in inherited:  # the main process's ends: open here, they would hide its death
         connection.close()
     try:
-        envs = EnvSlice(*share)
+        envs = EnvSlice(*slice_args)
         while True:
             envs.send(pipe.recv())
             pipe.send(envs.recv())
@@ -871,17 +869,17 @@ class AtariVector:
         self.workers = []
         atexit.register(self.close)
         for first, last in zip(self.bounds, self.bounds[1:]):
-            share = (args, first, last, memory)
+            slice_args = (args, first, last, memory)
             if num_workers == 0:
-                self.pipes.append(EnvSlice(*share))
+                self.pipes.append(EnvSlice(*slice_args))
             else:
-                self._start_worker(context, share)
+                self._start_worker(context, slice_args)
 
-    def _start_worker(self, context, share: tuple) -> None:
+    def _start_worker(self, context, slice_args: tuple) -> None:
         pipe, child_pipe = context.Pipe()
         self.pipes.append(pipe)
         inherited = self.pipes if context.get_start_method() == "fork" else []
-        worker = context.Process(target=work, args=(child_pipe, inherited, *share), daemon=True)
+        worker = context.Process(target=work, args=(child_pipe, inherited, *slice_args), daemon=True)
         worker.start()
         child_pipe.close()  # so that the death of the worker closes the pipe
         self.workers.append(worker)
@@ -899,11 +897,10 @@ class AtariVector:
         outcomes = self.outcomes
         return self.observations, outcomes["reward"], outcomes["terminated"], outcomes["truncated"], games
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Starts a new game everywhere; returns the observations."""
+    def reset(self, seed: int) -> None:
+        """Starts a new game everywhere."""
         self._send("reset", [(seed, i) for i in range(self.num_envs)])
         self._recv()
-        return self.observations
 
     def state_dict(self) -> list[dict]:
         """The states of all environments; not between ``send`` and ``recv``."""
@@ -932,10 +929,9 @@ class AtariVector:
             share = items[self.bounds[i] : self.bounds[i + 1]]
             try:
                 pipe.send((method, share))
-            except OSError:
+            except OSError:  # a worker has died: _recv tells why
                 if not self.workers:
                     raise
-                # a worker has died: _recv tells why
 
     def _recv(self) -> list:
         results = []
@@ -1096,7 +1092,7 @@ class Overlay(gym.Wrapper):
 
     def draw_distributions(self, top: int, bottom: int) -> None:
         """One histogram an action, its mean marked, all on one scale and on the part of the support in use lately."""
-        self.title(top - 14, "distribution Z(s, a)", "mean = Q(s, a)", self.action_key())
+        self.title(top - 14, "distribution Z(s, a)", "mean = Q(s, a)", self.action_legend())
         (likely,) = np.any(self.likely, axis=0).nonzero()
         first = max(likely[0] - 1, 0)
         last = min(likely[-1] + 1, len(self.support) - 1)
@@ -1168,7 +1164,7 @@ class Overlay(gym.Wrapper):
             self.text(name, self.LEFT + column, top, QUIET, 14)
             self.text(value, self.LEFT + column, top + 23, TEXT, 18, 600)
 
-    def action_key(self) -> dict:
+    def action_legend(self) -> dict:
         """What the colors of actions mean, for ``title``."""
         taken = "taken" if self.action == self.greedy else "exploring"
         return {"greedy": GREEDY, taken: CHOSEN}
@@ -1186,10 +1182,10 @@ class Overlay(gym.Wrapper):
         """A filled rectangle, or an empty one with so wide a border; its last pixels are ``right`` and ``bottom``."""
         cv2.rectangle(self.canvas, (left, top), (right, bottom), color, border)
 
-    def title(self, y: int, text: str, figure: str, key: dict) -> None:
+    def title(self, y: int, text: str, figure: str, legend: dict) -> None:
         """Heads a part: its name, words in the colors that they explain, a figure at the right."""
         x = self.text(text, self.LEFT, y, QUIET, 14)
-        for word, color in key.items():
+        for word, color in legend.items():
             x = self.text(word, x + 14, y, color, 14)
         self.text(figure, self.RIGHT, y, QUIET, 14, right=True)
 
@@ -1207,18 +1203,18 @@ class Recorder:
         self.length = length  # most pictures
         self.count = 0  # pictures in the file
         self.active = length > 0  # whether more pictures are wanted
-        self.still = None  # every 100th picture of the game, the last of them
+        self.still = None  # the latest of every 100th picture, for W&B and LEET
         self.ffmpeg = None
 
-    def write(self, env: Overlay) -> None:
-        """Adds one picture of ``env``, unless the video is closed, has failed or has its full length."""
+    def write(self, overlay: Overlay) -> None:
+        """Adds one picture of ``overlay``, unless the video is closed, has failed or has its full length."""
         if not self.active:
             return
-        if self.count + 1 == self.length and not env.env.game_ended:
-            env.notice = "the video is cut here"
+        if self.count + 1 == self.length and not overlay.env.game_ended:
+            overlay.notice = "the video is cut here"
             say(f"{self.path} is cut after {self.length:,} steps, the game goes on: see more with --video-length")
         try:
-            picture = env.render()
+            picture = overlay.render()
             if self.ffmpeg is None:
                 self.start(picture)
             self.ffmpeg.stdin.write(picture)
@@ -1227,7 +1223,7 @@ class Recorder:
         except Exception as error:
             self.fail(error)
         else:
-            if self.count % 100 == 0 and not env.env.game_ended:
+            if self.count % 100 == 0 and not overlay.env.game_ended:
                 self.still = picture.copy()
             self.count += 1
             self.active = self.count < self.length
@@ -1290,7 +1286,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
         env.note(thoughts, action)
         recorder.write(env)
         observation, _, terminated, truncated, info = env.step(action)
-        if info:  # the end of the game is the last picture
+        if "episode" in info:  # the end of the game is the last picture
             recorder.write(env)
             recorder.close()
             episodes.append(info["episode"])
@@ -1341,7 +1337,7 @@ class Tracker:
     """The run's record in Weights & Biases.
 
     An error of W&B never ends a run that has started: it becomes one warning, after which the tracker does nothing, as
-    it does when W&B is disabled. Only a model that cannot be uploaded does not end the tracking.
+    it does when W&B is disabled. If only the model cannot be uploaded, tracking goes on.
     """
 
     def __init__(self, args: Args, run_dir: Path, job_type: str = "train", run_id: str | None = None):
@@ -1356,7 +1352,7 @@ class Tracker:
     def start(self, args: Args, mode: str, job_type: str) -> None:
         """Begins or resumes the run, offline where online fails. Never asks for a login."""
         if mode != "auto":
-            os.environ["WANDB_MODE"] = mode  # a flag wins over it
+            os.environ["WANDB_MODE"] = mode  # a flag wins over this variable
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself can hold up the exit
         import wandb
 
@@ -1382,7 +1378,7 @@ class Tracker:
                     sys.exit("error: --wandb-mode online needs a login: run wandb login, or leave the flag out")
                 if logged_in:
                     self.run = wandb.init(mode="online", **options)
-                reason = "no login, or wandb offline was called: "
+                reason = "no login, or wandb offline was called: "  # the latter wins over the mode
             except wandb.Error as error:
                 reason = f"{textwrap.shorten(str(error), 200)}: "
                 self.background(wandb.teardown).join(1)  # the failed start holds the run's name
@@ -1423,13 +1419,13 @@ class Tracker:
         if self.run is None:
             return
         command = f"wandb sync --include-online {self.run.sync_dir}"
-        upload = self.background(self.run.finish, exit_code)
-        upload.join(5)
-        if upload.is_alive() and not stopped():
+        uploading = self.background(self.run.finish, exit_code)
+        uploading.join(5)
+        if uploading.is_alive() and not stopped():
             say(f"W&B: waiting for the upload; Ctrl-C ends that: the record is on disk, later: {command}")
-        while upload.is_alive() and not stopped():
-            upload.join(0.2)
-        if upload.is_alive():
+        while uploading.is_alive() and not stopped():
+            uploading.join(0.2)
+        if uploading.is_alive():
             say(f"W&B: not all was uploaded; the record is on disk, later: {command}")
         self.working = False
         self.background(self.wandb.teardown).join(5)  # at exit W&B would begin to wait again
@@ -1630,7 +1626,7 @@ def fill(ours: torch.Tensor | dict, saved: torch.Tensor | dict) -> None:
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Takes over the moments of a ``state_dict``, not its options: those are of this start and of this device."""
+    """Loads moments, not options such as the learning rate: those come from this start's flags and device."""
     if saved["state"] and not optimizer.state:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for i, parameter in enumerate(parameters):
@@ -1721,7 +1717,7 @@ class Run:
         self.lock = lock(self.run_dir)
         global_step = 0
         run_id = None
-        self.evaluated_step = 0  # up to which evaluations have been played
+        self.evaluated_step = 0  # evaluations due up to this step have been played
         if resume:
             global_step, run_id = self.load_checkpoint(resume)
             self.saved_step = global_step
@@ -1776,10 +1772,10 @@ class Run:
             return
         if self.checkpoint_is_due():
             self.save_checkpoint(global_step)
-            self.checkpoint_time = time.perf_counter()  # of one that failed as well
+            self.checkpoint_time = time.perf_counter()  # also after a failure: no new try at every step
         if self.evaluation_is_due(global_step):
             self.evaluate(global_step)
-        if not self.stop_signals:  # one that was cut off is played when the run goes on
+        if not self.stop_signals:  # else an evaluation may have been cut off: --resume plays it
             self.evaluated_step = global_step
 
     def checkpoint_is_due(self) -> bool:
@@ -1898,15 +1894,15 @@ def make_run_dir(args: Args) -> Path:
     if args.evaluate:
         name += "__eval"
     path = Path(args.run_dir) / name
-    number = 1
+    attempt = 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with suppress(FileExistsError):
                 path.mkdir()
                 return path
-            number += 1
-            path = path.with_name(f"{name}-{number}")
+            attempt += 1
+            path = path.with_name(f"{name}-{attempt}")
     except OSError as error:
         sys.exit(f"error: the run folder {path} cannot be made: {error.strerror}")
 
@@ -1953,9 +1949,8 @@ def save(path: Path, contents: dict) -> bool:
 
 def header(args: Args, global_step: int) -> dict:
     """What every checkpoint and every model begins with."""
-    script = Path(__file__).name
     flags = asdict(args) | {"resume": None, "evaluate": None}  # those are of one start, not of the run
-    return {"algorithm": ALGORITHM, "script": script, "args": flags, "global_step": global_step}
+    return {"algorithm": ALGORITHM, "script": Path(__file__).name, "args": flags, "global_step": global_step}
 
 
 def model(args: Args, agent: Agent, global_step: int) -> dict:
@@ -2128,11 +2123,11 @@ def whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 def plain_switch(word: str) -> str:
     """``--flag`` for ``--flag=True`` and ``--no-flag`` for ``--flag=False``, which W&B's sweeps write."""
-    flag, _, value = word.partition("=")
-    name = flag.lstrip("-").replace("-", "_")
+    option, _, value = word.partition("=")
+    name = option.lstrip("-").replace("-", "_")
     if not isinstance(getattr(Args, name, None), bool) or value.lower() not in ("true", "false"):
         return word
-    return flag if value.lower() == "true" else f"--no-{name}"
+    return option if value.lower() == "true" else f"--no-{name}"
 
 
 def parse_args(default: Args | None = None) -> Args:
@@ -2311,6 +2306,7 @@ def main() -> int:
         saved = read_flags(path, resume=bool(args.resume))
         args = parse_args(default=saved)
     check_args(args)
+    keep_freed_memory()
     device = find_device(args.device)
     if args.resume:
         check_resume(args, saved, path)

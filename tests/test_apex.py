@@ -426,11 +426,11 @@ def test_array_of_another_kind_is_refused(name):
 
 
 def test_actors_find_their_own_precision(monkeypatch):
-    """A flag holds for them too; auto means what the CPU can do that an actor runs on."""
+    """bfloat16 only if the CPU that an actor runs on has instructions for it, whatever the learner runs on."""
     for found in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=found: found)
         for precision in ("float32", "bfloat16", "auto"):
-            expected = precision if precision != "auto" else "bfloat16" if found else "float32"
+            expected = "bfloat16" if found and precision != "float32" else "float32"
             actor = Actor(make_args(envs_per_actor=1, precision=precision), 0, 0)
             assert actor.network.dtype == actor.network.trunk[0].weight.dtype == getattr(torch, expected)
 
@@ -786,7 +786,7 @@ def fake_ray(monkeypatch):
         if isinstance(answer := fake.answers[reference], Exception):
             raise answer
         life, first_step = answer
-        return {"life": life, "first_step": first_step}
+        return {"incarnation": life, "first_step": first_step}
 
     actor = SimpleNamespace(play=SimpleNamespace(remote=play))
     remote = SimpleNamespace(remote=lambda *arguments: fake.made.append(arguments) or actor)

@@ -44,7 +44,7 @@ def test_captured_sampling_sees_the_replay_grow(device):
     def add(steps):
         for step in steps:
             frame = torch.full((1, SIZE, SIZE), step % 256, dtype=torch.uint8, device=device)
-            zero = torch.zeros(1, device=device)
+            zero = torch.zeros(1)
             replay.add(frame, zero, zero, zero.bool(), zero.bool())
 
     sample = CudaGraph(lambda: replay.sample(64))

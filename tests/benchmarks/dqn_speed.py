@@ -110,13 +110,15 @@ def print_parts(calls: int, rounds: int) -> None:
     """Prints the second table: each part alone, with the whole machine to itself."""
     args = dqn_atari.Args(env_id="Breakout", buffer_size=BUFFER_SIZE)
     envs = dqn_atari.AtariVector(args)  # first, since it forks
-    observations = torch.from_numpy(envs.reset(1).copy())
+    envs.reset(1)
+    observations = torch.from_numpy(envs.observations.copy())
     device = dqn_atari.find_device("auto")
     graph = dqn_atari.CudaGraph if device.type == "cuda" else lambda function: function
     replay = dqn_atari.Replay(BUFFER_SIZE, args.num_envs, device)
     observations, epsilon = observations.to(device), torch.zeros((), device=device)
     actions = torch.zeros(args.num_envs, dtype=torch.int64, device=device)
-    idle, rewards, ends = actions.cpu().numpy(), actions.float(), actions > 0
+    idle = actions.cpu().numpy()
+    rewards, ends = idle.astype("float32"), idle > 0
 
     def add():
         replay.add(observations[:, -1], actions, rewards, ends, ends)

@@ -40,7 +40,7 @@ import numpy as np
 from common import median_ratio, play_rounds, print_machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from dqn_atari import FRAME_SKIP, Args, Atari, unwrap  # noqa: E402
+from dqn_atari import FRAME_SKIP, Args, Atari, undo_rollover  # noqa: E402
 
 SCORES = {  # where the RAM holds the score, so that it can go on after the rest went back
     "BankHeist": (88, 89, 90),
@@ -109,7 +109,7 @@ MEASURES = {
 def act(env: Atari, action: int) -> float:
     """One step of the emulator alone: its reward, much less than nothing if a life is lost."""
     lives = env.ale.lives()
-    reward = sum(unwrap(env.ale.act(env.emulator_actions[action])) for _ in range(FRAME_SKIP))
+    reward = sum(undo_rollover(env.ale.act(env.emulator_actions[action])) for _ in range(FRAME_SKIP))
     return reward - 1e4 * (env.ale.lives() < lives or env.ale.game_over())
 
 
