@@ -9,7 +9,7 @@ RUN is a run's folder, a folder of runs, W&B's folder, one in it, a pattern of t
 keeps the evaluations and the curves (as means of bins) when the records are gone. Runs of one game, algorithm and
 --exp-name are a group, in which only the seed should differ: a line is their mean, its band goes from the lowest to the
 highest; after the end of a shorter run, both are of the others. Evaluations are drawn one by one, all else as means of
-bins.
+--bins.
 """
 
 import argparse
@@ -230,8 +230,8 @@ def short_names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
     return {group: group[1] if algorithms.count(group[1]) == 1 else ", ".join(group[1:]) for group in groups}
 
 
-def draw_curves(groups: dict[tuple, list[Run]], metric: str):
-    """A matplotlib figure with a panel for each game and a line for each group."""
+def draw_curves(groups: dict[tuple, list[Run]], metric: str, num_bins: int):
+    """A matplotlib figure with a panel for each game and a line for each group; the longest run has ``num_bins``."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -242,7 +242,7 @@ def draw_curves(groups: dict[tuple, list[Run]], metric: str):
     lines = math.ceil(len(games) / columns)
     width = max(4.4 * columns, 6)
     figure = Figure(figsize=(width, 1), layout="constrained")
-    bin_width = max(run.rows[-1]["global_step"] for runs in groups.values() for run in runs) / 100
+    bin_width = max(run.rows[-1]["global_step"] for runs in groups.values() for run in runs) / num_bins
     legend = {}
     for i, game in enumerate(games):
         label = metric if i % columns == 0 else ""
@@ -321,10 +321,15 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="runs/, wandb/, a folder in one of them, a pattern")
     parser.add_argument("--metric", default=EVALUATION, help="what the curves show (%(default)s)")
+    parser.add_argument(
+        "--bins", type=int, default=100, help="points of the longest curve; fewer are smoother (%(default)s)"
+    )
     parser.add_argument("--out", type=Path, default="curves.png", help="picture of the curves (%(default)s)")
     parser.add_argument("--save", type=Path, help="a file to keep the table and the curves in")
     parser.add_argument("--videos", type=Path, help="an mp4 to make of the newest videos, side by side")
     args = parser.parse_args(words)
+    if args.bins < 1:
+        sys.exit(f"error: --bins is {args.bins}: it must be at least 1")
     for path in filter(None, (args.out, args.save, args.videos)):
         if not path.absolute().parent.is_dir():
             sys.exit(f"error: there is no folder {path.parent}")
@@ -346,7 +351,7 @@ def main(words: list[str] | None = None) -> None:
             failures.append("error: no videos side by side: the runs have none")
     if any(run.points(args.metric).size for runs in groups.values() for run in runs):
         try:
-            draw_curves(groups, args.metric).savefig(args.out, dpi=110)
+            draw_curves(groups, args.metric, args.bins).savefig(args.out, dpi=110)
             print(args.out)
         except ImportError:
             failures.append("error: no curves: matplotlib is missing: pip install '.[compare]'")

@@ -298,7 +298,7 @@ def test_figure_has_a_panel_a_game_and_a_line_and_band_a_group():
         C51: [run(1, [(100, 5), (200, 6)])],
         DQN: [run(1, [(100, 0), (200, 10)]), run(2, [(100, 4), (200, 20)])],
     }
-    figure = compare.draw_curves(groups, compare.EVALUATION)
+    figure = compare.draw_curves(groups, compare.EVALUATION, 100)
     boxing, pong = figure.axes
     assert [panel.get_title() for panel in figure.axes] == ["Boxing", "Pong"]
     assert boxing.get_ylabel() == "eval/episodic_return" and boxing.get_xlim()[0] == 0
@@ -315,11 +315,14 @@ def test_figure_has_a_panel_a_game_and_a_line_and_band_a_group():
 def test_long_curves_and_many_games():
     points = [(step, math.sin(step)) for step in range(1, 1000)]
     groups = {(game, "DQN", "dqn_atari"): [run(1, points, "losses/td_loss")] for game in "ABCDEFGH"}
-    figure = compare.draw_curves(groups, "losses/td_loss")
+    figure = compare.draw_curves(groups, "losses/td_loss", 100)
     assert len(figure.axes) == 8 and len({line.get_color() for panel in figure.axes for line in panel.lines}) == 1
     assert len(figure.legends[0].get_texts()) == 1
     (line,) = figure.axes[0].lines
     assert len(line.get_xdata()) == 100 and line.get_linestyle() == "-"
+    (smoother,) = compare.draw_curves(groups, "losses/td_loss", 10).axes[0].lines
+    means = line.get_ydata().reshape(10, 10).mean(1)
+    np.testing.assert_allclose(smoother.get_ydata(), means, atol=0.02)  # the first and the last bin lack a step
 
 
 def test_which_videos_are_shown(capsys):
