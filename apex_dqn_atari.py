@@ -153,7 +153,7 @@ class AlgorithmFlags:
     steps_per_update: float | None = None
     """steps for each update, so that learner and actors wait for each other; None lets each go as fast as it can"""
     weights_frequency: int = 100
-    """steps of each game from one set of weights for the actors to the next; each is used 100 steps later"""
+    """steps of each game after which the actors get new weights; they use them about 100 steps later"""
     max_grad_norm: float = 40.0
     """a gradient with a larger norm is scaled down to this"""
 
@@ -186,7 +186,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; flags that are not given are as in the file"""
+    """play this model.pt, checkpoint.pt or run folder, train nothing; flags that are not given are as in the file"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500

@@ -113,7 +113,7 @@ class AlgorithmFlags:
     learning_starts: int = 80_000
     """steps before the first update"""
     train_frequency: int = 4
-    """steps of all games together for each update: 4 with 8 games makes two updates after each step of all games"""
+    """steps from one update to the next; 8 games make 8 steps at a time, so 4 means two updates after each"""
 
 
 @dataclass
@@ -137,7 +137,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; flags that are not given are as in the file"""
+    """play this model.pt, checkpoint.pt or run folder, train nothing; flags that are not given are as in the file"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500

@@ -152,7 +152,7 @@ class GameFlags:
 @dataclass
 class EvaluationFlags:
     evaluate: str | None = None
-    """play this model.pt or checkpoint.pt and train nothing; flags that are not given are as in the file"""
+    """play this model.pt, checkpoint.pt or run folder, train nothing; flags that are not given are as in the file"""
     capture_video: bool = True
     """make a video of the first game of each evaluation"""
     video_length: int = 4500
