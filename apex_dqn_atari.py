@@ -1633,7 +1633,7 @@ def one_ahead(function: Callable, device: torch.device) -> Callable:
     """
     if device.type != "cuda":
         return function
-    previous_call = torch.cuda.Event()
+    previous_call = torch.cuda.Event(blocking=True)  # the actors need the core on which it would spin
 
     def call() -> None:
         function()

@@ -248,7 +248,7 @@ def pretended_gpu(script, monkeypatch):
             "Stream": lambda: stream,
             "current_stream": lambda: stream,
             "stream": lambda stream: nullcontext(),
-            "Event": lambda: Event(gpu),
+            "Event": lambda blocking: Event(gpu),
         }.items():
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: GPU)
