@@ -2038,7 +2038,8 @@ def save(path: Path, contents: dict) -> bool:
     except (OSError, RuntimeError) as error:
         disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
         reason = disk_error or error
-        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
+        advice = "after a full disk W&B may record no more: make room, stop the run and --resume it"
+        say(f"warning: {path} was not written, what was there before is kept: {reason}; {advice}", file=sys.stderr)
         with suppress(OSError):
             beside.unlink()
         return False
@@ -2071,8 +2072,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    is_checkpoint = "precision" in contents
-    if resume and not is_checkpoint:
+    if resume and "precision" not in contents:
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

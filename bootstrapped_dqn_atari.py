@@ -301,7 +301,7 @@ class Replay:
         self.device = device
         self.frames = blank_frames((self.capacity, SIZE, SIZE), device)
         self.actions = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
-        self.rewards = torch.zeros(self.capacity, dtype=torch.float32, device=device)
+        self.rewards = torch.zeros(self.capacity, device=device)
         self.ends = torch.zeros(self.capacity, dtype=torch.uint8, device=device)
         self.masks = torch.zeros((self.capacity, args.num_heads), dtype=torch.bool, device=device)
         self.num_steps = 0  # of each environment since the start: the last max_steps of them are stored
@@ -2011,7 +2011,8 @@ def save(path: Path, contents: dict) -> bool:
     except (OSError, RuntimeError) as error:
         disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
         reason = disk_error or error
-        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
+        advice = "after a full disk W&B may record no more: make room, stop the run and --resume it"
+        say(f"warning: {path} was not written, what was there before is kept: {reason}; {advice}", file=sys.stderr)
         with suppress(OSError):
             beside.unlink()
         return False
@@ -2044,8 +2045,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    is_checkpoint = "precision" in contents
-    if resume and not is_checkpoint:
+    if resume and "precision" not in contents:
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

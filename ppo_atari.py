@@ -1089,10 +1089,11 @@ def resume_after_restart() -> None:
         return
     runs = Path(args.run_dir).glob(f"{args.env_id}__{slug(args.exp_name)}__{args.seed}__*/checkpoint.pt")
     for path in sorted(runs, key=os.path.getmtime, reverse=True):
-        launches = [rank["launch"] for rank in load(path, resume=True)["ranks"]]
-        if LAUNCH in launches:
-            sys.argv += ["--resume", str(path)]
-            return
+        with suppress(SystemExit, KeyError):  # what cannot be loaded is another run's
+            launches = [rank["launch"] for rank in load(path, resume=True)["ranks"]]
+            if LAUNCH in launches:
+                sys.argv += ["--resume", str(path)]
+                return
 
 
 def check_all_resume(resume: Path | None) -> None:
@@ -2041,7 +2042,8 @@ def save(path: Path, contents: dict) -> bool:
     except (OSError, RuntimeError) as error:
         disk_error = error if isinstance(error, OSError) else error.__context__  # torch hides it behind its own
         reason = disk_error or error
-        say(f"warning: {path} was not written, what was there before is kept: {reason}", file=sys.stderr)
+        advice = "after a full disk W&B may record no more: make room, stop the run and --resume it"
+        say(f"warning: {path} was not written, what was there before is kept: {reason}; {advice}", file=sys.stderr)
         with suppress(OSError):
             beside.unlink()
         return False
@@ -2074,8 +2076,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    is_checkpoint = "precision" in contents
-    if resume and not is_checkpoint:
+    if resume and "precision" not in contents:
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

@@ -172,11 +172,19 @@ def test_games_of_all_ranks_are_logged_in_the_order_of_their_ends(monkeypatch, t
 def test_restart_finds_the_newest_checkpoint_of_its_launch(
     monkeypatch, tmp_path, restarts, local_world_size, flags, resumed
 ):
-    for age, (name, launch) in enumerate({"other": "b", "new": "a", "old": "a"}.items()):
+    """Checkpoints of other launches or algorithms, and damaged ones, are passed over."""
+    launches = {"dqn": "a", "damaged": "a", "model": "a", "other": "b", "new": "a", "old": "a"}
+    for age, (name, launch) in enumerate(launches.items()):
         path = tmp_path / f"Breakout__ppo_atari__1__{name}" / "checkpoint.pt"
         path.parent.mkdir()
         contents = {"algorithm": "PPO", "precision": "float32", "ranks": [{"launch": "c"}, {"launch": launch}]}
+        if name == "dqn":
+            contents["algorithm"] = "DQN"
+        if name == "model":
+            del contents["ranks"]
         torch.save(contents, path)
+        if name == "damaged":
+            path.write_bytes(b"PK")
         os.utime(path, (1e9 - age, 1e9 - age))
     monkeypatch.setattr(sys, "argv", ["ppo_atari.py", "--run-dir", str(tmp_path), *flags.split()])
     for name, value in (("RESTARTS", restarts), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", local_world_size)):
