@@ -58,8 +58,9 @@ class CartPole(gym.Wrapper):
         self.game_ended = terminated or truncated
         self.stack[:-1] = self.stack[1:]
         self.stack[-1] = self.screen()[:, :, 0]
+        info["x"] = float(self.state[0])  # some environments tell something at every step
         if self.game_ended:
-            info = {"episode": {"r": self.episode_return, "l": self.episode_length, "repeated_rewards": 1.0}}
+            info["episode"] = {"r": self.episode_return, "l": self.episode_length, "repeated_rewards": 1.0}
         return self.stack, reward, terminated, truncated, info
 
     def screen(self):
