@@ -171,7 +171,7 @@ class RunFlags:
     total_timesteps: int = 10_000_000
     """steps of the whole run, of all games together; a step is 4 emulator frames"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps ...; auto is the GPU if this machine has one, else cpu"""
+    """cpu, cuda, cuda:1 or, untested, mps; auto is cuda if this machine has it, else cpu"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of all but the output layers; auto is bfloat16 on CPUs with AVX512_BF16, else float32 (TF32 on CUDA)"""
     torch_deterministic: bool = True
@@ -1489,7 +1489,7 @@ def evaluate(args: Args, agent: Agent, global_step: int, run_dir: Path, tracker,
     ends it early, without results.
     """
     game = Game(args)
-    env = Overlay(game, f"{args.exp_name[:24]} \u2022 trained {global_step:,} steps", args)
+    env = Overlay(game, f"{slug(args.exp_name)[:24]} \u2022 trained {global_step:,} steps", args)
     rng = np.random.default_rng([args.seed, global_step])
     video = run_dir / "videos" / f"{global_step:010d}.mp4"
     recorder = Recorder(video, args.video_length if args.capture_video else 0)
@@ -1716,8 +1716,10 @@ def device_types() -> list[str]:
 def find_device(name: str) -> torch.device:
     """The device that ``--device`` means; ends the program if this machine has none such."""
     usable = device_types()
+    if name == "auto":
+        name = "cuda" if "cuda" in usable else "cpu"  # no other kind has been tested
     try:
-        device = torch.device(usable[0] if name == "auto" else name)
+        device = torch.device(name)
     except RuntimeError:
         sys.exit(f"error: --device {name} is no device: this machine has {', '.join(usable)}")
     if device.type not in usable or (device.index or 0) >= max(torch.accelerator.device_count(), 1):

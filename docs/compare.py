@@ -328,6 +328,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--save", type=Path, help="a file to keep the table and the curves in")
     parser.add_argument("--videos", type=Path, help="an mp4 to make of the newest videos, side by side")
     args = parser.parse_args(words)
+    sys.stdout.reconfigure(errors="replace")  # a name may have letters that the terminal lacks
     if args.bins < 1:
         sys.exit(f"error: --bins is {args.bins}: it must be at least 1")
     for path in filter(None, (args.out, args.save, args.videos)):

@@ -287,6 +287,7 @@ def test_evaluation_records_the_first_game_to_its_end(tmp_path, monkeypatch, cap
     monkeypatch.setattr(dqn_atari, "Game", Watched)
     args = Args(env_id="Pong", eval_episodes=2, max_episode_frames=200, capture_video=capture, video_length=length)
     args.precision = "float32"
+    args.exp_name = "idea\udcff"  # of a file whose name is not UTF-8: OpenCV would crash
     cpu, tracker = torch.device("cpu"), Mock()
     evaluate(args, Agent(args, 6, cpu), 7, tmp_path, tracker)
     video = tmp_path / "videos" / "0000000007.mp4"
