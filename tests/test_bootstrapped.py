@@ -230,7 +230,8 @@ def test_one_head_without_masks_and_prior_is_double_dqn(precision):
     """Five updates and a target copy equal those of dqn_atari.py's network with a double-Q target, written out here."""
     agent = make_agent(4, num_heads=1, prior_scale=0, max_grad_norm=1e9, precision=precision, learning_rate=1e-3)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
-    network, target = dqn_atari.QNetwork(4, dtype), dqn_atari.QNetwork(4, dtype)
+    network = dqn_atari.QNetwork(4, dtype).to(memory_format=torch.channels_last)
+    target = dqn_atari.QNetwork(4, dtype).to(memory_format=torch.channels_last)
     weights = {name.replace("heads", "head"): value for name, value in agent.q_network.state_dict().items()}
     network.load_state_dict(weights)
     target.load_state_dict(weights)
