@@ -245,7 +245,8 @@ class QNetwork(nn.Module):
     """The dueling network of Wang et al. 2016, without their scaling of the trunk's gradient by 1/sqrt(2).
 
     Observations uint8 [batch, 4, 84, 84] to Q-values float32 [batch, actions]. ``dtype`` is the precision in which
-    the trunk computes; its weights stay float32.
+    the trunk computes. Weights are float32, but a network that is never trained may have those of its ``trunk`` cast
+    to ``dtype``.
     """
 
     def __init__(self, num_actions: int, dtype: torch.dtype = torch.float32):
@@ -467,7 +468,7 @@ class Actor:
         dtype = getattr(torch, find_precision(precision, torch.device("cpu")))
         self.network = QNetwork(int(self.envs[0].action_space.n), dtype)
         self.network.to(memory_format=torch.channels_last)
-        self.network.trunk.to(dtype)  # it is never trained: cast once for all steps
+        self.network.trunk.to(dtype)  # never trained: cast once for all steps
         seeds = self.rng.integers(2**31, size=len(self.envs)).tolist()
         self.observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds)])
         self.ages = np.zeros(len(self.envs), np.uint8)
@@ -1537,7 +1538,7 @@ class Tracker:
 
 
 def device_types() -> list[str]:
-    """The kinds of device that this machine has, the fastest first."""
+    """The kinds of device that this machine has: one of GPU, if any, and cpu."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return [accelerator.type, "cpu"] if accelerator else ["cpu"]
 
@@ -2074,7 +2075,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "precision" not in contents:
+    if resume and "precision" not in contents:  # a model
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

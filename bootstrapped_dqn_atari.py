@@ -423,7 +423,7 @@ class Agent:
         prior = None
         if args.prior_scale:
             prior = QNetwork(num_actions, args.num_heads, dtype).requires_grad_(False)
-            prior.trunk.to(dtype)  # it is never trained: cast once
+            prior.trunk.to(dtype)  # never trained: cast once
         arguments = (num_actions, args.num_heads, dtype, prior, args.prior_scale)
         layout = conv_layout(device)
         self.q_network = QNetwork(*arguments).to(device, memory_format=layout)
@@ -1530,7 +1530,7 @@ class Tracker:
 
 
 def device_types() -> list[str]:
-    """The kinds of device that this machine has, the fastest first."""
+    """The kinds of device that this machine has: one of GPU, if any, and cpu."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return [accelerator.type, "cpu"] if accelerator else ["cpu"]
 
@@ -2047,7 +2047,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "precision" not in contents:
+    if resume and "precision" not in contents:  # a model
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

@@ -205,7 +205,8 @@ class QNetwork(nn.Module):
 
     Observations uint8 [batch, 4, 84, 84] to logits float32 [batch, actions, atoms]; their softmax is the probability
     of each return in ``support`` (float32 [atoms]), which is saved with the weights. ``dtype`` is the precision in
-    which the trunk computes; its weights stay float32.
+    which the trunk computes. Weights are float32, but a network that is never trained may have those of its ``trunk``
+    cast to ``dtype``.
     """
 
     def __init__(self, num_actions: int, support: torch.Tensor, dtype: torch.dtype = torch.float32):
@@ -1460,7 +1461,7 @@ class Tracker:
 
 
 def device_types() -> list[str]:
-    """The kinds of device that this machine has, the fastest first."""
+    """The kinds of device that this machine has: one of GPU, if any, and cpu."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return [accelerator.type, "cpu"] if accelerator else ["cpu"]
 
@@ -1977,7 +1978,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "precision" not in contents:
+    if resume and "precision" not in contents:  # a model
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 

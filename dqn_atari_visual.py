@@ -1022,11 +1022,11 @@ class Canvas:
         (end, _), _ = cv2.putText(self.picture, text, (x, y), color, FONT, size, weight, align)
         return end
 
-    def title(self, box: Box, text: str, figure: str = "", key: dict | None = None) -> Box:
+    def title(self, box: Box, text: str, figure: str = "", legend: dict | None = None) -> Box:
         """Heads a panel: title, words in the colors that they explain, a figure at the right. Returns the box below."""
         baseline = box.top + 16
         x = self.text(text, box.left, baseline, QUIET)
-        for word, color in (key or {}).items():
+        for word, color in (legend or {}).items():
             x = self.text(word, x + 14, baseline, color)
         self.text(figure, box.right, baseline, QUIET, right=True)
         return box._replace(top=box.top + self.TITLE)
@@ -1145,8 +1145,8 @@ class QValues:
     def draw_bars(self, canvas, box, state):
         low, high = finite_range(state.q_values, BAR_SPAN)
         taken = "taken" if state.action == state.greedy else "exploring"
-        key = {"greedy": GREEDY, taken: CHOSEN}
-        box = canvas.title(box, "Q(s, a)", f"bars span {high - low:.2g}", key)
+        legend = {"greedy": GREEDY, taken: CHOSEN}
+        box = canvas.title(box, "Q(s, a)", f"bars span {high - low:.2g}", legend)
         names = state.env.action_names
         longest = max(map(len, names))
         pitch = min(44, (box.bottom - box.top) // len(names))
@@ -1201,8 +1201,8 @@ class History:
     def draw(self, canvas, box, state):
         q_values = np.array([step.q_values for step in state.steps], float).T
         low, high = finite_range(q_values, TRACE_SPAN)
-        key = {"V(s)": GREEDY, "exploring": CHOSEN, "reward": GAIN, "penalty": LOSS, "life lost": LIFE}
-        box = canvas.title(box, "Q of every action, last 10 s", f"{number(low)} to {number(high)}", key)
+        legend = {"V(s)": GREEDY, "exploring": CHOSEN, "reward": GAIN, "penalty": LOSS, "life lost": LIFE}
+        box = canvas.title(box, "Q of every action, last 10 s", f"{number(low)} to {number(high)}", legend)
         canvas.fill(box.left, box.bottom, box.right, box.bottom, GRID)
         x = x_axis(box, len(state.steps)).round().astype(int).tolist()
         for at, step in zip(x, state.steps):
@@ -1708,7 +1708,7 @@ class Tracker:
 
 
 def device_types() -> list[str]:
-    """The kinds of device that this machine has, the fastest first."""
+    """The kinds of device that this machine has: one of GPU, if any, and cpu."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return [accelerator.type, "cpu"] if accelerator else ["cpu"]
 
@@ -2225,7 +2225,7 @@ def load(path: Path, resume: bool = False) -> dict:
         sys.exit(f"error: {path} is damaged, no checkpoint, or too large for this process (ulimit -v)")
     if algorithm != ALGORITHM:
         sys.exit(f"error: {path} was written by {algorithm}, not by {ALGORITHM}: use the script that wrote it")
-    if resume and "precision" not in contents:
+    if resume and "precision" not in contents:  # a model
         sys.exit(f"error: {path} is no checkpoint: --resume needs a checkpoint.pt, a model.pt is for --evaluate")
     return contents
 
