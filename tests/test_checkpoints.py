@@ -414,7 +414,7 @@ def test_every_failed_checkpoint_warns_with_the_reason_of_the_disk(tmp_path, mon
             assert not dqn_atari.save(path, {"a": 2})
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2 and all(
-        "was not written" in line and "Read-only file system" in line for line in warnings
+        "was not written" in line and "Read-only file system; after a full disk" in line for line in warnings
     )
     assert path.read_bytes() == before
     assert not dqn_atari.save(path / "checkpoint.pt", {"a": 2})

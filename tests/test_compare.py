@@ -1,8 +1,10 @@
 """docs/compare.py: tables, curves and videos from records that W&B has written offline."""
 
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 
 import compare
@@ -360,3 +362,15 @@ def test_grid_of_videos(count, size, tmp_path):
     compare.write_side_by_side([("blue", tmp_path / "blue.mp4")] * count, tmp_path / "side.mp4")
     frames = list(compare.pictures(tmp_path / "side.mp4"))
     assert len(frames) == 2 and frames[0].shape == (*size, 3)
+
+
+def test_table_on_a_terminal_without_its_letters(tmp_path):
+    """Such as the one between mean and spread: the table is printed all the same."""
+    rows = [{"global_step": 8, compare.EVALUATION: 3.0, compare.EVALUATION_STD: 1.0}]
+    config = {"game": "Pong", "algorithm": "DQN", "exp_name": "dqn_atari", "seed": 1}
+    compare.save_runs({DQN: [Run(config, rows)]}, tmp_path / "curves.jsonl")
+    command = [sys.executable, str(ROOT / "docs" / "compare.py"), "curves.jsonl"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "3.0 ? 1.0" in result.stdout
